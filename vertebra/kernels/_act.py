@@ -1,0 +1,43 @@
+"""The activations that ops can fuse, by the name the op schemas carry.
+
+`vertebra/kernels/_triton/_act.py` holds their kernels and derivatives under the same names. GELU is the
+exact (erf) one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _identity(z: Tensor) -> Tensor:
+    return z
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": _identity,
+    "relu": torch.relu_,  # in place: every op hands over a tensor of its own, and relu saves its output
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def check_act(op: str, act: str) -> None:
+    """Require `act` to be the name of a fusible activation."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
+
+
+def finish(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """Return act(y + residual) for a `y` that nobody else holds: the eager tail of the fused ops."""
+    return ACTIVATIONS[act](y if residual is None else y.add_(residual))
+
+
+def needs_input(act: str) -> bool:
+    """Return whether the derivative of `act` needs its input (that of relu can be read off its output)."""
+    return act not in ("none", "relu")

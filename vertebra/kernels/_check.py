@@ -1,0 +1,85 @@
+"""The rules every op asks of its arguments, checked before anything is computed or launched.
+
+Each message states the rule, what came, and the likely fix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_image(op: str, x: Tensor) -> None:
+    """Require `x` to be a floating-point (N, C, H, W) tensor."""
+    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{op}: x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(
+            f"{op}: x must have shape (N, C, H, W), got {tuple(x.shape)}; "
+            "add the missing dimension with unsqueeze or reshape"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be floating point, got {x.dtype}; convert it with .float()")
+
+
+def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
+    """Require per-channel vectors of shape (C,), on x's device, all of one dtype: x's or float32."""
+    C = x.shape[1]
+    first: tuple[str, torch.dtype] | None = None
+    for name, v in vectors.items():
+        if v is None:
+            continue
+        if v.dim() != 1 or v.shape[0] != C:
+            raise ValueError(
+                f"{op}: {name} must have shape ({C},), one value per channel of x "
+                f"{tuple(x.shape)}; got {tuple(v.shape)}"
+            )
+        if v.device != x.device:
+            raise ValueError(
+                f"{op}: {name} is on {v.device} and x on {x.device}; move one with .to()"
+            )
+        narrower = x.dtype in (torch.float16, torch.bfloat16)
+        if v.dtype != x.dtype and not (narrower and v.dtype == torch.float32):
+            raise TypeError(
+                f"{op}: {name} must have x's dtype ({x.dtype})"
+                + (" or float32" if narrower else "")
+                + f", got {v.dtype}; convert the module or the input with .to(dtype)"
+            )
+        if first is None:
+            first = (name, v.dtype)
+        elif v.dtype != first[1]:
+            raise TypeError(
+                f"{op}: per-channel arguments must share one dtype; {first[0]} is {first[1]} "
+                f"and {name} is {v.dtype}"
+            )
+
+
+def check_residual(op: str, x: Tensor, residual: Tensor | None) -> None:
+    """Require `residual` to look like `x`: no broadcasting, no promotion."""
+    if residual is None:
+        return
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{op}: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}; "
+            "project it (the block's downsample) or expand it first"
+        )
+    if residual.device != x.device:
+        raise ValueError(
+            f"{op}: residual is on {residual.device} and x on {x.device}; move one with .to()"
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(
+            f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}; convert it with .to()"
+        )
+
+
+def promote_under_autocast(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Under autocast, bring x and residual to their common dtype, as the add they replace would."""
+    if (
+        residual is not None
+        and residual.dtype != x.dtype
+        and torch.is_autocast_enabled(x.device.type)
+    ):
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        return x.to(dtype), residual.to(dtype)
+    return x, residual

@@ -1,0 +1,173 @@
+"""Dispatch: the one place that chooses how an op runs, and the only one that reads the environment.
+
+An op has two implementations of one contract. `eager` is the definition, in plain PyTorch: autograd,
+Inductor and every device know what to do with it. `triton` is the fast path. `Op.__call__` takes the
+fast path unless the op *refuses*, and a refusal is a sentence, so that `vertebra.explain` can show it
+and `backend("triton")` can raise it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["INTERPRETED", "Call", "Op", "Traffic", "backend", "current_backend", "define", "observe"]
+
+Backend = Literal["auto", "triton", "eager"]
+_BACKENDS: tuple[str, ...] = ("auto", "triton", "eager")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+"""Whether Triton kernels run in the Triton interpreter, which makes them serve CPU tensors."""
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(_BACKENDS)}; got {name!r}")
+    return name
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+_TRITON_INSTALLED = _has_triton()
+_forced: str = _checked(os.environ.get("VERTEBRA_BACKEND", "auto"), "VERTEBRA_BACKEND")
+_observer: Callable[[Call], None] | None = None
+
+
+class backend(ContextDecorator):  # noqa: N801 - reads as a statement: `with vertebra.backend("eager"):`
+    """Choose the implementation of every op inside a `with` block (or a decorated function).
+
+    * `"auto"`: Triton where it applies, eager elsewhere; `vertebra.explain` says which and why.
+    * `"triton"`: Triton, or `NotImplementedError` naming the op and the reason.
+    * `"eager"`: plain PyTorch.
+
+    The setting is one value for the process, as `torch.backends` flags are; `VERTEBRA_BACKEND` sets
+    the initial one. A compiled function guards on it and recompiles when it changes.
+
+    >>> with backend("eager"):
+    ...     current_backend()
+    'eager'
+    """
+
+    def __init__(self, name: Backend) -> None:
+        self.name = _checked(name, "backend")
+        self._outer: list[str] = []
+
+    def __enter__(self) -> None:
+        global _forced
+        self._outer.append(_forced)
+        _forced = self.name
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._outer.pop()
+
+
+def current_backend() -> str:
+    """Return the backend in force: `"auto"`, `"triton"` or `"eager"`."""
+    return _forced
+
+
+class Traffic(NamedTuple):
+    """Bytes of device memory one call has to move: each input read once, each output written once."""
+
+    forward: int
+    backward: int
+
+
+class Call(NamedTuple):
+    """One call of an op, as `observe` reports it."""
+
+    op: Op
+    args: tuple[Any, ...]
+    path: str
+    reason: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One contract and its two implementations, all with the same positional arguments."""
+
+    name: str
+    eager: Callable[..., Any]
+    triton: Callable[..., Any]
+    refuses: Callable[..., str | None]
+    traffic: Callable[..., Traffic]
+
+    def __call__(self, *args: Any) -> Any:
+        reason = "backend is set to eager" if _forced == "eager" else self.refuses(*args)
+        if reason is not None and _forced == "triton":
+            raise NotImplementedError(
+                f"{self.name} cannot run on Triton: {reason}. "
+                f'Use backend("auto") to let such calls run in eager PyTorch.'
+            )
+        if _observer is not None:
+            _observer(Call(self, args, "triton" if reason is None else "eager", reason))
+        return self.triton(*args) if reason is None else self.eager(*args)
+
+
+@contextmanager
+def observe(callback: Callable[[Call], None]) -> Iterator[None]:
+    """Report every op call inside the block to `callback`."""
+    global _observer
+    outer, _observer = _observer, callback
+    try:
+        yield
+    finally:
+        _observer = outer
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuses_tensor(x: Tensor) -> str | None:
+    """Return why no kernel of ours takes a tensor like `x`: the device, dtype and size limits of all ops."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+        return f"device {x.device.type} (Triton needs a GPU, or TRITON_INTERPRET=1 on the CPU)"
+    if x.dtype not in _DTYPES:
+        return f"dtype {x.dtype}"
+    if x.numel() == 0:
+        return "empty input"
+    if x.numel() // x.shape[1] >= 2**31 - 2**16:
+        return "N*H*W does not fit a 32-bit pixel index"
+    return None
+
+
+_library = torch.library.Library("vertebra", "FRAGMENT")
+
+
+def define(
+    schema: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a device implementation as the functional torch op `vertebra::<schema>`.
+
+    Returns the op handle in place of the decorated function. Plain `define`/`impl` with the
+    `autograd.Function` outside costs a quarter of what `torch.library.custom_op` costs per call.
+    """
+    name = schema.partition("(")[0]
+
+    def register(impl: Callable[..., Any]) -> Callable[..., Any]:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, impl, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"vertebra::{name}", fake, lib=_library)
+        return getattr(torch.ops.vertebra, name).default
+
+    return register
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Return whether autograd will ask for a gradient of any of `tensors`."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,304 @@
+"""The passes both batch-norm ops share: y = act(xhat * scale + bias + residual), its gradient, its sums.
+
+`affine` is the tuple (mean, spread, scale, bias) of per-channel pointers, None where absent. With a mean,
+xhat = (x - mean) * rstd, where `spread` is rstd, or a variance if SPREAD_IS_VAR; without, xhat = x. `maps` is
+the tuple of map-sized pointers, `strides` that of their strides in the same order.
+
+One program of a map-sized pass owns one tile. One program of a reducing pass owns BLOCK_C channels and one
+split of the pixels, walks it tile by tile, keeps a sum per lane, and adds the lanes up once at its end; the
+splits' sums go to a (splits, C) buffer that a second, tiny kernel adds in a fixed order: no atomics, and
+the same bits every time.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._act import ACTIVATIONS
+from ._launch import launch
+from ._tile import (
+    channel_block,
+    geometry,
+    load_channels,
+    offset,
+    over_pixels,
+    pixel_block,
+    processors,
+)
+
+ACC = {
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+MAX_SPLITS = 1024
+
+
+Affine = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Config(NamedTuple):
+    """A tile, and over how many programs the pixels of one channel block are split."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    num_warps: int
+    splits: int
+
+
+@lru_cache(maxsize=4096)
+def pick(M: int, C: int, channels_last: bool, tile: int, sms: int) -> Config:
+    """Choose a tile of about `tile` elements for an (M pixels, C channels) map.
+
+    A row of the tile is at least 64 bytes of bf16 and its far end wastes less than 1/8 where a power of
+    two allows it; a reduction gets 8 programs of 4 warps per multiprocessor, half its thread slots.
+    """
+    if channels_last:
+        BLOCK_C = min(triton.next_power_of_2(C), 128)
+        while BLOCK_C > 32 and triton.cdiv(C, BLOCK_C) * BLOCK_C * 7 > C * 8:
+            BLOCK_C //= 2
+        BLOCK_M = min(tile // BLOCK_C, triton.next_power_of_2(M))
+    else:
+        BLOCK_M = min(triton.next_power_of_2(M), 512)
+        BLOCK_C = min(tile // BLOCK_M, triton.next_power_of_2(C))
+    tiles = triton.cdiv(M, BLOCK_M)
+    splits = max(1, min(MAX_SPLITS, tiles, 8 * sms // triton.cdiv(C, BLOCK_C)))
+    # every split but the last is whole tiles, and none is empty
+    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))
+    return Config(BLOCK_M, BLOCK_C, 4 if BLOCK_M * BLOCK_C >= 1024 else 1, splits)
+
+
+@triton.jit
+def moments(mean_ptr, spread_ptr, c, C, eps, SPREAD_IS_VAR: tl.constexpr, ACC: tl.constexpr):
+    """Load mean and rstd; 0 and 1 without."""
+    mean = load_channels(mean_ptr, c, C, ACC, 0.0)
+    rstd = load_channels(spread_ptr, c, C, ACC, 1.0)
+    if SPREAD_IS_VAR:
+        rstd = 1.0 / tl.sqrt(rstd + eps)
+    return mean, rstd
+
+
+# ----------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _apply_kernel(
+    maps,
+    affine,
+    strides,
+    sizes,
+    eps,
+    ACT: tl.constexpr,
+    SPREAD_IS_VAR: tl.constexpr,
+    ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    y_ptr, x_ptr, residual_ptr = maps
+    mean_ptr, spread_ptr, scale_ptr, bias_ptr = affine
+    M = sizes[0]
+    C = sizes[1]
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    c = channel_block(tl.program_id(0) % blocks_c, BLOCK_C, CHANNELS_LAST)
+    m = pixel_block(tl.program_id(0) // blocks_c * BLOCK_M, BLOCK_M, CHANNELS_LAST)
+    inside = (m < M) & (c < C)
+    mean, rstd = moments(mean_ptr, spread_ptr, c, C, eps, SPREAD_IS_VAR, ACC)
+    scale = load_channels(scale_ptr, c, C, ACC, 1.0)
+    bias = load_channels(bias_ptr, c, C, ACC, 0.0)
+
+    x = tl.load(x_ptr + offset(strides[1], sizes, m, c), mask=inside, other=0.0).to(ACC)
+    z = (x - mean) * rstd * scale + bias
+    if residual_ptr is not None:
+        at = offset(strides[2], sizes, m, c)
+        z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(ACC)
+    y = ACT(z).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offset(strides[0], sizes, m, c), y, mask=inside)
+
+
+def apply(
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    affine: Affine,
+    act: str,
+    *,
+    eps: float = 0.0,
+    spread_is_var: bool = False,
+) -> None:
+    """Write y = act(xhat * scale + bias + residual)."""
+    maps = (y, x, residual)
+    sizes, strides, channels_last = geometry(
+        x.shape, *(y.stride() if t is None else t.stride() for t in maps)
+    )
+    M, C = sizes[:2]
+    config = pick(M, C, channels_last, 4096, processors(x.device))
+    launch(
+        _apply_kernel,
+        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_C),),
+        x.device,
+        maps=maps,
+        affine=affine,
+        strides=strides,
+        sizes=sizes,
+        eps=eps,
+        ACT=ACTIVATIONS[act][0],
+        SPREAD_IS_VAR=spread_is_var,
+        ACC=ACC[x.dtype],
+        CHANNELS_LAST=channels_last,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_C=config.BLOCK_C,
+        num_warps=config.num_warps,
+    )
+
+
+# ---------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _backward_kernel(
+    maps,
+    sums_ptr,
+    affine,
+    strides,
+    sizes,
+    split_m,
+    eps,
+    DACT: tl.constexpr,
+    SPREAD_IS_VAR: tl.constexpr,
+    ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    dx_ptr, dz_ptr, dy_ptr, x_ptr, y_ptr, residual_ptr = maps
+    mean_ptr, spread_ptr, scale_ptr, bias_ptr = affine
+    M = sizes[0]
+    C = sizes[1]
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    split = tl.program_id(0) // blocks_c
+    c = channel_block(tl.program_id(0) % blocks_c, BLOCK_C, CHANNELS_LAST)
+    start = split * split_m
+    stop = tl.minimum(start + split_m, M)
+    mean, rstd = moments(mean_ptr, spread_ptr, c, C, eps, SPREAD_IS_VAR, ACC)
+    scale = load_channels(scale_ptr, c, C, ACC, 1.0)
+    bias = load_channels(bias_ptr, c, C, ACC, 0.0)
+    TILE: tl.constexpr = (BLOCK_M, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_M)
+    sum_dz = tl.zeros(TILE, ACC)
+    sum_dz_xhat = tl.zeros(TILE, ACC)
+
+    for m0 in range(start, stop, BLOCK_M):
+        m = pixel_block(m0, BLOCK_M, CHANNELS_LAST)
+        inside = (m < stop) & (c < C)
+        dz = tl.load(dy_ptr + offset(strides[2], sizes, m, c), mask=inside, other=0.0).to(ACC)
+        if x_ptr is not None:
+            x = tl.load(x_ptr + offset(strides[3], sizes, m, c), mask=inside, other=0.0).to(ACC)
+            xhat = (x - mean) * rstd
+
+        # dz = dy * act'(z): relu's from y where there is one, else with z recomputed
+        if y_ptr is not None:
+            y = tl.load(y_ptr + offset(strides[4], sizes, m, c), mask=inside, other=0.0).to(ACC)
+            dz *= DACT(y)
+        elif x_ptr is not None:
+            z = xhat * scale + bias
+            if residual_ptr is not None:
+                at = offset(strides[5], sizes, m, c)
+                z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(ACC)
+            dz *= DACT(z)
+
+        if dz_ptr is not None:
+            at = offset(strides[1], sizes, m, c)
+            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        if dx_ptr is not None:  # with statistics that are constants: dx = dz * scale * rstd
+            dx = (dz * scale * rstd).to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + offset(strides[0], sizes, m, c), dx, mask=inside)
+        if sums_ptr is not None:
+            sum_dz += dz
+            sum_dz_xhat += dz * xhat
+
+    if sums_ptr is not None:
+        dbias_ptr = sums_ptr + tl.num_programs(0) // blocks_c * C
+        tl.store(sums_ptr + split * C + c, over_pixels(sum_dz_xhat, CHANNELS_LAST), mask=c < C)
+        tl.store(dbias_ptr + split * C + c, over_pixels(sum_dz, CHANNELS_LAST), mask=c < C)
+
+
+@triton.jit
+def _add_splits_kernel(
+    sums_ptr, dscale_ptr, dbias_ptr, C, splits, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    s = tl.arange(0, BLOCK_S)[:, None]
+    inside = (s < splits) & (c < C)
+    dscale = tl.load(sums_ptr + s * C + c, mask=inside, other=0.0)
+    dbias = tl.load(sums_ptr + (splits + s) * C + c, mask=inside, other=0.0)
+    tl.store(dscale_ptr + c, tl.sum(dscale, axis=0, keep_dims=True), mask=c < C)
+    tl.store(dbias_ptr + c, tl.sum(dbias, axis=0, keep_dims=True), mask=c < C)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    residual: Tensor | None,
+    affine: Affine,
+    act: str,
+    *,
+    dz: Tensor | None,
+    dx: Tensor | None,
+    sums: tuple[Tensor, Tensor] | None,
+    eps: float = 0.0,
+    spread_is_var: bool = False,
+) -> None:
+    """Write what is given of dz = dy * act'(z), dx = dz * scale * rstd and (sum(dz * xhat), sum(dz)).
+
+    relu's derivative is read off `y` where that is given; other derivatives come from z, recomputed out
+    of `x` and `residual`.
+    """
+    maps = (dx, dz, dy, x, y, residual)
+    like = next(t for t in (x, y, dx, dy) if t is not None)
+    sizes, strides, channels_last = geometry(
+        dy.shape, *((like if t is None else t).stride() for t in (like, *maps))
+    )
+    M, C = sizes[:2]
+    config = pick(M, C, channels_last, 2048, processors(dy.device))
+    tiles = triton.cdiv(M, config.BLOCK_M)
+    splits = tiles if sums is None else config.splits
+    scratch = None if sums is None else sums[0].new_empty(2, splits, C)
+    launch(
+        _backward_kernel,
+        (triton.cdiv(C, config.BLOCK_C) * splits,),
+        dy.device,
+        maps=maps,
+        sums_ptr=scratch,
+        affine=affine,
+        strides=strides[1:],
+        sizes=sizes,
+        split_m=triton.cdiv(tiles, splits) * config.BLOCK_M,
+        eps=eps,
+        DACT=ACTIVATIONS[act][1],
+        SPREAD_IS_VAR=spread_is_var,
+        ACC=ACC[dy.dtype],
+        CHANNELS_LAST=channels_last,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_C=config.BLOCK_C,
+        num_warps=config.num_warps,
+    )
+    if sums is not None:
+        launch(
+            _add_splits_kernel,
+            (triton.cdiv(C, 8),),
+            dy.device,
+            sums_ptr=scratch,
+            dscale_ptr=sums[0],
+            dbias_ptr=sums[1],
+            C=C,
+            splits=splits,
+            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_C=8,
+            num_warps=4,
+        )

@@ -1,0 +1,254 @@
+"""Batch normalisation by the batch's own statistics, residual add and activation: kernels and launches.
+
+Forward, three launches. `_moments_kernel`: a program owns BLOCK_C channels and one split of the pixels; every
+lane of its tile keeps its own (mean, M2) by Welford's update, and the lanes are merged once at its end.
+`_merge_kernel`: the splits' (mean, M2) are merged and the running statistics advanced. `_affine.apply`: y.
+
+Backward, three launches. `_affine.backward`: dz (written where it is dresidual) and the splits' sums;
+their addition; `_dx_kernel`: dx.
+
+Merging k parts, parts of n_i values with mean_i and M2_i, is Chan's rule for all parts at once:
+
+    mean = sum(n_i * mean_i) / n        M2 = sum(M2_i + n_i * (mean_i - mean)^2)
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _affine
+from ._act import ACTIVATIONS
+from ._affine import ACC, pick
+from ._launch import launch
+from ._tile import (
+    channel_block,
+    geometry,
+    load_channels,
+    offset,
+    over_pixels,
+    pixel_block,
+    processors,
+)
+
+# ----------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _moments_kernel(
+    x_ptr,
+    means_ptr,
+    m2s_ptr,
+    stride,
+    sizes,
+    split_m,
+    ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    M = sizes[0]
+    C = sizes[1]
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    split = tl.program_id(0) // blocks_c
+    c = channel_block(tl.program_id(0) % blocks_c, BLOCK_C, CHANNELS_LAST)
+    start = split * split_m
+    stop = tl.minimum(start + split_m, M)
+    TILE: tl.constexpr = (BLOCK_M, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_M)
+    mean = tl.zeros(TILE, ACC)
+    m2 = tl.zeros(TILE, ACC)
+
+    seen = 0
+    for m0 in range(start, stop, BLOCK_M):
+        m = pixel_block(m0, BLOCK_M, CHANNELS_LAST)
+        x = tl.load(
+            x_ptr + offset(stride, sizes, m, c), mask=(m < stop) & (c < C), other=0.0
+        ).to(ACC)
+        seen += 1
+        delta = tl.where(m < stop, x - mean, 0.0)  # a lane past the end learns nothing
+        mean += delta * (1.0 / seen)
+        m2 += delta * (x - mean)
+
+    # lane j has seen the pixels start + j, start + j + BLOCK_M, ... before stop
+    count = tl.cdiv(stop - pixel_block(start, BLOCK_M, CHANNELS_LAST), BLOCK_M)
+    count = tl.maximum(count, 0).to(ACC)
+    merged = over_pixels(count * mean, CHANNELS_LAST) / (stop - start)
+    m2 = over_pixels(m2 + count * (mean - merged) * (mean - merged), CHANNELS_LAST)
+    tl.store(means_ptr + split * C + c, merged, mask=c < C)
+    tl.store(m2s_ptr + split * C + c, m2, mask=c < C)
+
+
+@triton.jit
+def _merge_kernel(
+    means_ptr,
+    m2s_ptr,
+    moments,
+    running,
+    new_running,
+    M,
+    C,
+    split_m,
+    splits,
+    momentum,
+    eps,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    mean_ptr, rstd_ptr = moments
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    s = tl.arange(0, BLOCK_S)[:, None]
+    inside = (s < splits) & (c < C)
+    means = tl.load(means_ptr + s * C + c, mask=inside, other=0.0)
+    m2 = tl.load(m2s_ptr + s * C + c, mask=inside, other=0.0)
+    count = tl.where(s < splits, tl.minimum(M - s * split_m, split_m), 0).to(means.dtype)
+
+    mean = tl.sum(means * (count / M), axis=0, keep_dims=True)
+    m2 = tl.sum(m2 + count * (means - mean) * (means - mean), axis=0, keep_dims=True)
+    tl.store(mean_ptr + c, mean, mask=c < C)
+    tl.store(rstd_ptr + c, 1.0 / tl.sqrt(m2 / M + eps), mask=c < C)
+    if running is not None:
+        for i in tl.static_range(2):
+            old = tl.load(running[i] + c, mask=c < C, other=0.0).to(mean.dtype)
+            statistic = mean if i == 0 else m2 / (M - 1)
+            new = (1.0 - momentum) * old + momentum * statistic
+            tl.store(new_running[i] + c, new.to(new_running[i].dtype.element_ty), mask=c < C)
+
+
+def forward(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    act: str,
+) -> None:
+    """Write (y, mean, rstd, new_mean, new_var)."""
+    y, mean, rstd, new_mean, new_var = outputs
+    sizes, (stride,), channels_last = geometry(x.shape, x.stride())
+    M, C = sizes[:2]
+    BLOCK_M, BLOCK_C, num_warps, splits = pick(M, C, channels_last, 2048, processors(x.device))
+    split_m = triton.cdiv(triton.cdiv(M, BLOCK_M), splits) * BLOCK_M
+    means, m2s = mean.new_empty(2, splits, C)
+    launch(
+        _moments_kernel,
+        (triton.cdiv(C, BLOCK_C) * splits,),
+        x.device,
+        x_ptr=x,
+        means_ptr=means,
+        m2s_ptr=m2s,
+        stride=stride,
+        sizes=sizes,
+        split_m=split_m,
+        ACC=ACC[x.dtype],
+        CHANNELS_LAST=channels_last,
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=BLOCK_C,
+        num_warps=num_warps,
+    )
+    tracked = running_mean is not None
+    launch(
+        _merge_kernel,
+        (triton.cdiv(C, 8),),
+        x.device,
+        means_ptr=means,
+        m2s_ptr=m2s,
+        moments=(mean, rstd),
+        running=(running_mean, running_var) if tracked else None,
+        new_running=(new_mean, new_var) if tracked else None,
+        M=M,
+        C=C,
+        split_m=split_m,
+        splits=splits,
+        momentum=momentum,
+        eps=eps,
+        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_C=8,
+        num_warps=4,
+    )
+    _affine.apply(x, residual, y, (mean, rstd, weight, bias), act)
+
+
+# ---------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _dx_kernel(
+    maps,
+    affine,
+    sums,
+    strides,
+    sizes,
+    DACT: tl.constexpr,
+    ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    dx_ptr, dz_ptr, x_ptr = maps
+    mean_ptr, rstd_ptr, weight_ptr, bias_ptr = affine
+    M = sizes[0]
+    C = sizes[1]
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    c = channel_block(tl.program_id(0) % blocks_c, BLOCK_C, CHANNELS_LAST)
+    m = pixel_block(tl.program_id(0) // blocks_c * BLOCK_M, BLOCK_M, CHANNELS_LAST)
+    inside = (m < M) & (c < C)
+    mean = load_channels(mean_ptr, c, C, ACC, 0.0)
+    rstd = load_channels(rstd_ptr, c, C, ACC, 1.0)
+    weight = load_channels(weight_ptr, c, C, ACC, 1.0)
+    bias = load_channels(bias_ptr, c, C, ACC, 0.0)
+    dweight = load_channels(sums[0], c, C, ACC, 0.0) / M
+    dbias = load_channels(sums[1], c, C, ACC, 0.0) / M
+
+    x = tl.load(x_ptr + offset(strides[2], sizes, m, c), mask=inside, other=0.0).to(ACC)
+    dz = tl.load(dz_ptr + offset(strides[1], sizes, m, c), mask=inside, other=0.0).to(ACC)
+    xhat = (x - mean) * rstd
+    dz *= DACT(xhat * weight + bias)
+    # dx = weight * rstd * (dz - E[dz] - xhat * E[dz * xhat])
+    dx = weight * rstd * (dz - dbias - xhat * dweight)
+    at = offset(strides[0], sizes, m, c)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def backward(
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    act: str,
+) -> None:
+    """Write (dx, dresidual, dweight, dbias)."""
+    dx, dresidual, dweight, dbias = gradients
+    affine = (mean, rstd, weight, bias)
+    # dresidual is dz: where x alone does not yield it, the first pass writes it and the second reads it
+    dz = dresidual if dresidual.numel() else None
+    sums = (dweight, dbias)
+    _affine.backward(dy, x, y, residual, affine, act, dz=dz, dx=None, sums=sums)
+
+    maps = (dx, dy if dz is None else dz, x)
+    sizes, strides, channels_last = geometry(x.shape, *(t.stride() for t in maps))
+    M, C = sizes[:2]
+    config = pick(M, C, channels_last, 4096, processors(x.device))
+    launch(
+        _dx_kernel,
+        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_C),),
+        x.device,
+        maps=maps,
+        affine=affine,
+        sums=sums,
+        strides=strides,
+        sizes=sizes,
+        DACT=ACTIVATIONS[act if dz is None else "none"][1],
+        ACC=ACC[x.dtype],
+        CHANNELS_LAST=channels_last,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_C=config.BLOCK_C,
+        num_warps=config.num_warps,
+    )

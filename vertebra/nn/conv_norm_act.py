@@ -1,0 +1,160 @@
+"""Convolution, normalisation, activation: the unit all three families are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._act import ActLayer, create_act
+from .norm_act import NormLayer, create_norm_act, norm_act
+
+Padding = str | int | tuple[int, int] | None
+
+
+class Conv2dSame(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding, which depends on the image: ceil(size / stride) out."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        pads: list[int] = []
+        sizes = zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        for size, k, s, d in sizes:
+            total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
+            pads = [total // 2, total - total // 2, *pads]
+        x = F.pad(x, pads)
+        return F.conv2d(
+            x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups
+        )
+
+
+def create_conv2d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    padding: Padding = "",
+    dilation: int = 1,
+    **kwargs: Any,
+) -> nn.Conv2d:
+    """Build a convolution from timm's padding: '' or None symmetric, 'same', 'valid', or a number."""
+    layer = nn.Conv2d
+    if isinstance(padding, str) and padding.lower() == "same":
+        if stride == 1 and (dilation * (kernel_size - 1)) % 2 == 0:
+            padding = ""  # symmetric at every image size
+        else:
+            layer, padding = Conv2dSame, 0
+    elif isinstance(padding, str) and padding.lower() == "valid":
+        padding = 0
+    elif isinstance(padding, str) and padding:
+        raise ValueError(
+            f"padding must be '', 'same', 'valid', a number or a pair; got {padding!r}"
+        )
+    if padding in ("", None):
+        padding = ((stride - 1) + dilation * (kernel_size - 1)) // 2
+    return layer(
+        in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, **kwargs
+    )
+
+
+class ConvNormAct(nn.Module):
+    """`act(norm(conv(x)) + residual)`: signature, attributes and keys (`conv`, `bn`) of timm's ConvNormAct.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: of the convolution.
+        stride: of the convolution, or of `aa_layer` where there is one.
+        padding: '' (symmetric), 'same', 'valid' or a number.
+        dilation: of the convolution.
+        groups: of the convolution; must divide both channel counts.
+        bias: of the convolution.
+        apply_norm: build the norm, or leave it out.
+        apply_act: end in the activation, or in none.
+        norm_layer: class, partial, name or None for batch norm.
+        act_layer: class, name or None.
+        aa_layer: anti-aliasing module class, called with `channels` and `stride` after a stride > 1.
+        drop_layer: module class called between norm and activation.
+        conv_kwargs: passed to the convolution.
+        norm_kwargs: passed to the norm.
+        act_kwargs: passed to the activation.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: Padding = "",
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        apply_norm: bool = True,
+        apply_act: bool = True,
+        norm_layer: str | NormLayer = nn.BatchNorm2d,
+        act_layer: ActLayer = nn.ReLU,
+        aa_layer: Callable[..., nn.Module] | None = None,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        conv_kwargs: dict[str, Any] | None = None,
+        norm_kwargs: dict[str, Any] | None = None,
+        act_kwargs: dict[str, Any] | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        anti_aliased = aa_layer is not None and stride > 1
+        self.conv = create_conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=1 if anti_aliased else stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            **{**factory, **(conv_kwargs or {})},
+        )
+        if apply_norm:
+            extra = {} if drop_layer is None else {"drop_layer": drop_layer}
+            self.bn = create_norm_act(
+                norm_layer,
+                out_channels,
+                act_layer,
+                apply_act=apply_act,
+                act_kwargs=act_kwargs,
+                **extra,
+                **{**factory, **(norm_kwargs or {})},
+            )
+            self._act = create_act(act_layer if apply_act else None, act_kwargs=act_kwargs)
+        else:
+            self.bn = nn.Sequential()
+            if drop_layer is not None:
+                self.bn.add_module("drop", drop_layer())
+            self._act = nn.Identity()
+        self.aa = (
+            aa_layer(channels=out_channels, stride=stride)
+            if aa_layer is not None and anti_aliased
+            else None
+        )
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.conv.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.conv.out_channels
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: D102
+        y = norm_act(self.bn, self.conv(x), self._act, residual)
+        return y if self.aa is None else self.aa(y)

@@ -1,0 +1,221 @@
+"""Batch normalisation with its activation, and with the residual add between them when there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from ..kernels import batch_norm_act, scale_bias_act
+from ._act import ActLayer, create_act, fusible_act
+
+NormLayer = Callable[..., nn.Module]
+
+# for torch.fx these are leaves: they look at shapes, which a proxy does not have
+torch.fx.wrap("batch_norm_act")
+torch.fx.wrap("scale_bias_act")
+
+
+class _FusesAct:
+    """The tail of the norm modules: act(drop(norm(x)) + residual), in one op where drop is idle."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def _run(
+        self,
+        op: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        fused = fusible_act(self.act) if type(self.drop) is nn.Identity else None
+        if fused is not None:
+            return op(x, weight, bias, residual, fused, **kwargs)
+        y = self.drop(op(x, weight, bias, **kwargs))
+        return self.act(y if residual is None else y + residual)
+
+
+class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
+    """`act(drop(batch_norm(x)) + residual)`: `torch.nn.BatchNorm2d` that ends in an activation.
+
+    Signature, attributes and `state_dict` keys of timm's module of this name; `forward` also takes the
+    residual that a block adds before its last activation. Everything runs as one op
+    (`vertebra.kernels.batch_norm_act`, or `scale_bias_act` when the stored statistics are used) unless
+    `drop_layer` does something or the activation is one the ops do not know.
+
+    Args:
+        num_features: C of the (N, C, H, W) input.
+        eps: added to the variance.
+        momentum: weight of the new statistic in the running one; None for a cumulative mean.
+        affine: learn weight and bias.
+        track_running_stats: keep running statistics and use them in eval mode.
+        apply_act: end in the activation, or in none.
+        act_layer: class, name or None.
+        act_kwargs: passed to the activation.
+        inplace: passed to the activation; the fused op needs no such choice.
+        drop_layer: module class called between norm and activation (DropBlock).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    >>> bn = BatchNormAct2d(8)
+    >>> x = torch.randn(2, 8, 4, 4)
+    >>> bool((bn(x, residual=x) >= 0).all())
+    True
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: ActLayer = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = create_act(
+            act_layer if apply_act else None, inplace=inplace, act_kwargs=act_kwargs
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: D102
+        if not self.training and self.running_mean is not None:
+            return self._run(
+                scale_bias_act,
+                *(x, self.weight, self.bias, residual),
+                mean=self.running_mean,
+                var=self.running_var,
+                eps=self.eps,
+            )
+        tracks = self.training and self.track_running_stats and self.running_mean is not None
+        counter = self.num_batches_tracked if tracks else None
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
+        y = self._run(
+            batch_norm_act,
+            *(x, self.weight, self.bias, residual),
+            running_mean=self.running_mean if tracks else None,
+            running_var=self.running_var if tracks else None,
+            momentum=momentum,
+            eps=self.eps,
+        )
+        if counter is not None:
+            counter.add_(1)
+        return y
+
+
+class FrozenBatchNormAct2d(_FusesAct, nn.Module):
+    """`BatchNormAct2d` whose statistics, weight and bias are constants (four buffers).
+
+    Signature and `state_dict` keys of timm's module of this name, and the keys of torchvision's
+    `FrozenBatchNorm2d`; a `num_batches_tracked` in a checkpoint is dropped. Runs as
+    `vertebra.kernels.scale_bias_act`, whose backward pass then keeps the output and not the input.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        apply_act: bool = True,
+        act_layer: ActLayer = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        for name, fill in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(
+                name, torch.full((num_features,), float(fill), device=device, dtype=dtype)
+            )
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = create_act(
+            act_layer if apply_act else None, inplace=inplace, act_kwargs=act_kwargs
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: D102
+        return self._run(
+            scale_bias_act,
+            *(x, self.weight, self.bias, residual),
+            mean=self.running_mean,
+            var=self.running_var,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.num_features}, eps={self.eps}"
+
+
+def create_norm_act(
+    norm_layer: str | NormLayer | None,
+    num_features: int,
+    act_layer: ActLayer = nn.ReLU,
+    *,
+    apply_act: bool = True,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build the norm of a conv-norm-act unit.
+
+    `nn.BatchNorm2d` (also as a `functools.partial`, by the name "batchnorm2d", or None) becomes
+    `BatchNormAct2d`; this library's norms are used as they are; any other callable is called with
+    `num_features` and stays a bare norm, which `norm_act` follows by the add and the activation.
+    """
+    if isinstance(norm_layer, str):
+        if norm_layer.lower() not in ("batchnorm", "batchnorm2d"):
+            raise ValueError(
+                f"norm_layer must be 'batchnorm2d', a module class or a callable; got {norm_layer!r}"
+            )
+        norm_layer = None
+    layer: Any = norm_layer or BatchNormAct2d
+    if isinstance(layer, partial):
+        kwargs = {**layer.keywords, **kwargs}
+        base: Any = layer.func
+    else:
+        base = layer
+    if base is nn.BatchNorm2d:
+        base = BatchNormAct2d
+    if base in (BatchNormAct2d, FrozenBatchNormAct2d):
+        return base(num_features, apply_act=apply_act, act_layer=act_layer, **kwargs)
+    for name in ("act_kwargs", "inplace", "device", "dtype"):  # what a bare norm may not know
+        kwargs.pop(name, None)
+    return base(num_features, **kwargs)
+
+
+def norm_act(norm: nn.Module, x: Tensor, act: nn.Module, residual: Tensor | None = None) -> Tensor:
+    """Return `act(norm(x) + residual)` for whatever module stands where a fused norm was built.
+
+    That may be one of this library's norms, which carries the activation itself, or a bare one: another
+    `norm_layer`, or what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` put in its place.
+    """
+    if isinstance(norm, _FusesAct):
+        return norm(x, residual)
+    y = norm(x)
+    return act(y if residual is None else y + residual)
