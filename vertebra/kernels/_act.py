@@ -1,7 +1,7 @@
 """The activations that ops can fuse, by the name the op schemas carry.
 
-`vertebra/kernels/_triton/_act.py` holds their kernels and derivatives under the same names. GELU is the
-exact (erf) one.
+`vertebra/kernels/_triton/_act.py` holds their kernels and derivatives under the same names. GELU is
+the exact (erf) one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _identity(z: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": _identity,
-    "relu": torch.relu_,  # in place: every op hands over a tensor of its own, and relu saves its output
+    "relu": torch.relu_,  # in place: what ops hand over is their own, and relu saves its output
     "silu": F.silu,
     "gelu": F.gelu,
     "hardswish": F.hardswish,
@@ -34,10 +34,10 @@ def check_act(op: str, act: str) -> None:
 
 
 def finish(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
-    """Return act(y + residual) for a `y` that nobody else holds: the eager tail of the fused ops."""
+    """Return act(y + residual) for a `y` that nobody else holds: the fused ops' eager tail."""
     return ACTIVATIONS[act](y if residual is None else y.add_(residual))
 
 
 def needs_input(act: str) -> bool:
-    """Return whether the derivative of `act` needs its input (that of relu can be read off its output)."""
+    """Return whether the derivative of `act` needs z; relu's can be read off its output."""
     return act not in ("none", "relu")

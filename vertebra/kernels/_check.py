@@ -23,7 +23,7 @@ def check_image(op: str, x: Tensor) -> None:
 
 
 def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
-    """Require per-channel vectors of shape (C,), on x's device, all of one dtype: x's or float32."""
+    """Require vectors of shape (C,), on x's device, all of one dtype: x's or float32."""
     C = x.shape[1]
     first: tuple[str, torch.dtype] | None = None
     for name, v in vectors.items():
@@ -69,7 +69,8 @@ def check_residual(op: str, x: Tensor, residual: Tensor | None) -> None:
         )
     if residual.dtype != x.dtype:
         raise TypeError(
-            f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}; convert it with .to()"
+            f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}; "
+            "convert it with .to()"
         )
 
 

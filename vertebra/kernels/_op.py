@@ -1,16 +1,16 @@
 """Dispatch: the one place that chooses how an op runs, and the only one that reads the environment.
 
-An op has two implementations of one contract. `eager` is the definition, in plain PyTorch: autograd,
-Inductor and every device know what to do with it. `triton` is the fast path. `Op.__call__` takes the
-fast path unless the op *refuses*, and a refusal is a sentence, so that `vertebra.explain` can show it
-and `backend("triton")` can raise it.
+An op has two implementations of one contract. `eager` is the definition, in plain PyTorch:
+autograd, Inductor and every device know what to do with it. `triton` is the fast path.
+`Op.__call__` takes the fast path unless the op *refuses*, and a refusal is a sentence, so that
+`vertebra.explain` can show it and `backend("triton")` can raise it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Call", "Op", "Traffic", "backend", "current_backend", "define", "observe"]
+__all__ = [
+    "INTERPRETED",
+    "Call",
+    "Op",
+    "Traffic",
+    "backend",
+    "current_backend",
+    "define",
+    "observe",
+]
 
 Backend = Literal["auto", "triton", "eager"]
 _BACKENDS: tuple[str, ...] = ("auto", "triton", "eager")
@@ -45,7 +54,7 @@ _forced: str = _checked(os.environ.get("VERTEBRA_BACKEND", "auto"), "VERTEBRA_BA
 _observer: Callable[[Call], None] | None = None
 
 
-class backend(ContextDecorator):  # noqa: N801 - reads as a statement: `with vertebra.backend("eager"):`
+class backend(ContextDecorator):
     """Choose the implementation of every op inside a `with` block (or a decorated function).
 
     * `"auto"`: Triton where it applies, eager elsewhere; `vertebra.explain` says which and why.
@@ -80,7 +89,7 @@ def current_backend() -> str:
 
 
 class Traffic(NamedTuple):
-    """Bytes of device memory one call has to move: each input read once, each output written once."""
+    """Bytes of memory one call has to move: each input read once, each output written once."""
 
     forward: int
     backward: int
@@ -118,7 +127,7 @@ class Op:
 
 
 @contextmanager
-def observe(callback: Callable[[Call], None]) -> Iterator[None]:
+def observe(callback: Callable[[Call], None]) -> Generator[None]:
     """Report every op call inside the block to `callback`."""
     global _observer
     outer, _observer = _observer, callback
@@ -132,7 +141,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def refuses_tensor(x: Tensor) -> str | None:
-    """Return why no kernel of ours takes a tensor like `x`: the device, dtype and size limits of all ops."""
+    """Return why no kernel takes a tensor like `x`: every op's device, dtype and size limits."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):

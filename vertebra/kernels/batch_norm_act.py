@@ -3,24 +3,25 @@
     y = act((x - mean) * rstd * weight + bias + residual)
     mean = E[x]        rstd = 1 / sqrt(E[(x - mean)^2] + eps)        over N, H, W
 
-and, where given, `running = (1 - momentum) * running + momentum * statistic`, with the unbiased variance.
+and, where given, `running = (1 - momentum) * running + momentum * statistic`, with the unbiased
+variance.
 
     dz = dy * act'(z)        dresidual = dz        dbias = sum(dz)        dweight = sum(dz * xhat)
     dx = weight * rstd * (dz - (dbias + xhat * dweight) / (N*H*W))
 
 Shapes   x, residual, y (N, C, H, W); weight, bias, running_mean, running_var (C,) or None
-Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; vectors as x or fp32; statistics and sums in
-         fp32 (fp64 for fp64), merged tile by tile by Chan's rule, one rounding, to y
+Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; vectors as x or fp32; statistics and sums
+         in fp32 (fp64 for fp64), merged tile by tile by Chan's rule, one rounding, to y
 Layout   any strides; y keeps x's memory format
-Bytes    forward: x twice, residual and y once. backward: dy and x twice, dx once; with a residual and an
-         activation dresidual takes the place of dy in the second pass and is written in the first, which
-         also reads y (relu) or residual (other activations)
+Bytes    forward: x twice, residual and y once. backward: dy and x twice, dx once; with a residual
+         and an activation dresidual takes the place of dy in the second pass and is written in the
+         first, which also reads y (relu) or residual (other activations)
 Saves    x, mean, rstd and the vectors; y for relu with a residual (the next layer keeps it anyway),
          residual for other activations
-Raises   ValueError, TypeError: rank, channel count, shape, device or dtype of an argument; unknown act;
-         one value per channel, which has no variance
-Source   Ioffe & Szegedy 2015 (arXiv:1502.03167); Chan, Golub & LeVeque 1983 for the merge. Like aten up
-         to rounding: aten rounds after the normalisation and again after the add
+Raises   ValueError, TypeError: rank, channel count, shape, device or dtype of an argument; unknown
+         act; one value per channel, which has no variance
+Source   Ioffe & Szegedy 2015 (arXiv:1502.03167); Chan, Golub & LeVeque 1983 for the merge. Like
+         aten up to rounding: aten rounds after the normalisation and again after the add
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Return `act(batch_norm(x) + residual)` in training mode; the module docstring is the contract.
+    """Return `act(batch_norm(x) + residual)`, training form; the module docstring is the contract.
 
-    The running statistics, where given, are updated in place, as by `torch.nn.functional.batch_norm`.
-    For stored statistics see `scale_bias_act`.
+    The running statistics, where given, are updated in place, as by
+    `torch.nn.functional.batch_norm`. For stored statistics see `scale_bias_act`.
 
     >>> x = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)
     >>> batch_norm_act(x, act="relu", eps=1e-12).flatten()
@@ -115,8 +116,8 @@ def _outputs(
 
 
 @define(
-    "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, "
-    "Tensor? running_var, float momentum, float eps, str act) "
+    "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "Tensor? running_mean, Tensor? running_var, float momentum, float eps, str act) "
     "-> (Tensor y, Tensor mean, Tensor rstd, Tensor new_mean, Tensor new_var)",
     _outputs,
 )
@@ -224,7 +225,9 @@ def _triton(
         y, _, _, new_mean, new_var = _forward(*args)
     if running_mean is not None and running_var is not None:
         # the op itself mutates nothing; one multi-tensor copy publishes the new statistics
-        torch._foreach_copy_([running_mean, running_var], [new_mean, new_var])
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            [running_mean, running_var], [new_mean, new_var]
+        )
     return y
 
 

@@ -2,23 +2,24 @@
 
     y = act(xhat * scale + bias + residual)        xhat = x, or (x - mean) / sqrt(var + eps)
 
-With `mean` and `var` this is batch normalisation by stored statistics (eval mode, or a frozen BN); they
-are constants, not differentiated.
+With `mean` and `var` this is batch normalisation by stored statistics (eval mode, or a frozen BN);
+they are constants, not differentiated.
 
     dz = dy * act'(z)        dresidual = dz        dbias = sum(dz)        dscale = sum(dz * xhat)
     dx = dz * scale [/ sqrt(var + eps)]
 
 Shapes   x, residual, y (N, C, H, W); scale, bias, mean, var (C,) or None
-Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; vectors as x or fp32; arithmetic and sums in
-         fp32 (fp64 for fp64), one rounding, to y
+Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; vectors as x or fp32; arithmetic and sums
+         in fp32 (fp64 for fp64), one rounding, to y
 Layout   any strides; y keeps x's memory format
-Bytes    forward: x, residual, y once each. backward: dy and dx, and dresidual unless act is none, and
-         what of x, y and residual the derivatives need (see Saves)
-Saves    x if scale wants a gradient or the activation needs z; y for relu otherwise or when there is a
-         residual; residual for the other activations; the vectors
-Raises   ValueError, TypeError: rank, channel count, shape, device or dtype of an argument; unknown act
-Source   Ioffe & Szegedy 2015 (arXiv:1502.03167), inference form. Like aten up to rounding: aten rounds
-         after the normalisation and again after the add
+Bytes    forward: x, residual, y once each. backward: dy and dx, and dresidual unless act is none,
+         and what of x, y and residual the derivatives need (see Saves)
+Saves    x if scale wants a gradient or the activation needs z; y for relu otherwise or when there
+         is a residual; residual for the other activations; the vectors
+Raises   ValueError, TypeError: rank, channel count, shape, device or dtype of an argument; unknown
+         act
+Source   Ioffe & Szegedy 2015 (arXiv:1502.03167), inference form. Like aten up to rounding: aten
+         rounds after the normalisation and again after the add
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def _gradients(
     needs_sums: bool,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = next(t for t in (x, y, dy) if t is not None)  # gradients take the layout of the map they are of
+    # a gradient has the layout of the map it is of
+    like = next(t for t in (x, y, dy) if t is not None)
     dx = torch.empty_like(like)
     dresidual = torch.empty_like(like) if needs_dresidual else dy.new_empty(0)
     sums = dy.shape[1] if needs_sums else 0
@@ -196,8 +198,8 @@ class _ScaleBiasAct(torch.autograd.Function):
 def _saved(act: str, residual: Tensor | None, needs_dscale: bool) -> tuple[bool, bool, bool]:
     """Return whether the backward pass reads x, y and residual.
 
-    relu's derivative comes from z recomputed out of x where x is kept anyway and suffices, else from y,
-    which the next layer keeps anyway; the others recompute z.
+    relu's derivative comes from z recomputed out of x where x is kept anyway and suffices, else
+    from y, which the next layer keeps anyway; the others recompute z.
     """
     x = needs_dscale or needs_input(act)
     y = act == "relu" and (residual is not None or not needs_dscale)

@@ -1,4 +1,4 @@
-"""Activations as modules: from timm's `act_layer` to a module, and from a module to the name ops fuse."""
+"""Activations: from timm's `act_layer` to a module, and from a module to the name ops fuse."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def fusible_act(act: nn.Module) -> str | None:
 
     A module with hooks stays a call of its own, or its hooks would not fire.
     """
-    if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(act, name) for name in hooks):
         return None
     if isinstance(act, nn.GELU) and act.approximate != "none":
         return None

@@ -17,18 +17,16 @@ Padding = str | int | tuple[int, int] | None
 
 
 class Conv2dSame(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding, which depends on the image: ceil(size / stride) out."""
+    """Convolution with TensorFlow's SAME padding, by image size: ceil(size / stride) out."""
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         pads: list[int] = []
         sizes = zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
         for size, k, s, d in sizes:
             total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
             pads = [total // 2, total - total // 2, *pads]
         x = F.pad(x, pads)
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups
-        )
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
 
 
 def create_conv2d(
@@ -41,7 +39,7 @@ def create_conv2d(
     dilation: int = 1,
     **kwargs: Any,
 ) -> nn.Conv2d:
-    """Build a convolution from timm's padding: '' or None symmetric, 'same', 'valid', or a number."""
+    """Build a convolution from timm's padding: '' or None symmetric, 'same', 'valid', a number."""
     layer = nn.Conv2d
     if isinstance(padding, str) and padding.lower() == "same":
         if stride == 1 and (dilation * (kernel_size - 1)) % 2 == 0:
@@ -62,28 +60,19 @@ def create_conv2d(
 
 
 class ConvNormAct(nn.Module):
-    """`act(norm(conv(x)) + residual)`: signature, attributes and keys (`conv`, `bn`) of timm's ConvNormAct.
+    """`act(norm(conv(x)) + residual)`, with the signature and keys (`conv`, `bn`) of timm's module.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: of the convolution.
-        stride: of the convolution, or of `aa_layer` where there is one.
-        padding: '' (symmetric), 'same', 'valid' or a number.
-        dilation: of the convolution.
-        groups: of the convolution; must divide both channel counts.
-        bias: of the convolution.
-        apply_norm: build the norm, or leave it out.
-        apply_act: end in the activation, or in none.
-        norm_layer: class, partial, name or None for batch norm.
-        act_layer: class, name or None.
-        aa_layer: anti-aliasing module class, called with `channels` and `stride` after a stride > 1.
-        drop_layer: module class called between norm and activation.
-        conv_kwargs: passed to the convolution.
-        norm_kwargs: passed to the norm.
-        act_kwargs: passed to the activation.
-        device: of the parameters.
-        dtype: of the parameters.
+        in_channels: channels of the input. out_channels: channels of the output. kernel_size: of
+        the convolution. stride: of the convolution, or of `aa_layer` where there is one. padding:
+        '' (symmetric), 'same', 'valid' or a number. dilation: of the convolution. groups: of the
+        convolution; must divide both channel counts. bias: of the convolution. apply_norm: build
+        the norm, or leave it out. apply_act: end in the activation, or in none. norm_layer: class,
+        partial, name or None for batch norm. act_layer: class, name or None. aa_layer:
+        anti-aliasing module class, called with `channels` and `stride` after a stride > 1.
+        drop_layer: module class called between norm and activation. conv_kwargs: passed to the
+        convolution. norm_kwargs: passed to the norm. act_kwargs: passed to the activation. device:
+        of the parameters. dtype: of the parameters.
     """
 
     def __init__(
@@ -155,6 +144,6 @@ class ConvNormAct(nn.Module):
         """Channels of the output."""
         return self.conv.out_channels
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = norm_act(self.bn, self.conv(x), self._act, residual)
         return y if self.aa is None else self.aa(y)

@@ -1,4 +1,4 @@
-"""Batch normalisation with its activation, and with the residual add between them when there is one."""
+"""Batch normalisation with its activation, and the residual add between them if there is one."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class _FusesAct:
 class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
     """`act(drop(batch_norm(x)) + residual)`: `torch.nn.BatchNorm2d` that ends in an activation.
 
-    Signature, attributes and `state_dict` keys of timm's module of this name; `forward` also takes the
-    residual that a block adds before its last activation. Everything runs as one op
-    (`vertebra.kernels.batch_norm_act`, or `scale_bias_act` when the stored statistics are used) unless
-    `drop_layer` does something or the activation is one the ops do not know.
+    Signature, attributes and `state_dict` keys of timm's module of this name; `forward` also takes
+    the residual that a block adds before its last activation. Everything runs as one op
+    (`vertebra.kernels.batch_norm_act`, or `scale_bias_act` when the stored statistics are used)
+    unless `drop_layer` does something or the activation is one the ops do not know.
 
     Args:
         num_features: C of the (N, C, H, W) input.
@@ -93,7 +93,7 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
             act_layer if apply_act else None, inplace=inplace, act_kwargs=act_kwargs
         )
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.training and self.running_mean is not None:
             return self._run(
                 scale_bias_act,
@@ -161,7 +161,7 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self._run(
             scale_bias_act,
             *(x, self.weight, self.bias, residual),
@@ -170,7 +170,7 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
             eps=self.eps,
         )
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
 
 
@@ -191,7 +191,7 @@ def create_norm_act(
     if isinstance(norm_layer, str):
         if norm_layer.lower() not in ("batchnorm", "batchnorm2d"):
             raise ValueError(
-                f"norm_layer must be 'batchnorm2d', a module class or a callable; got {norm_layer!r}"
+                f"norm_layer must be 'batchnorm2d', a class or a callable; got {norm_layer!r}"
             )
         norm_layer = None
     layer: Any = norm_layer or BatchNormAct2d
@@ -212,8 +212,8 @@ def create_norm_act(
 def norm_act(norm: nn.Module, x: Tensor, act: nn.Module, residual: Tensor | None = None) -> Tensor:
     """Return `act(norm(x) + residual)` for whatever module stands where a fused norm was built.
 
-    That may be one of this library's norms, which carries the activation itself, or a bare one: another
-    `norm_layer`, or what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` put in its place.
+    That may be one of this library's norms, which carries the activation itself, or a bare one:
+    another `norm_layer`, or what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` put in its place.
     """
     if isinstance(norm, _FusesAct):
         return norm(x, residual)

@@ -1,7 +1,7 @@
 """The fusible activations as device functions, under the names of `kernels/_act.py`.
 
-Each entry is (act, dact): the value and the derivative at z, both fp32 (fp64 in double precision). At a
-kink the derivative is PyTorch's; NaN passes through.
+Each entry is (act, dact): the value and the derivative at z, both fp32 (fp64 in double precision).
+At a kink the derivative is PyTorch's; NaN passes through.
 """
 
 import triton

@@ -1,13 +1,14 @@
-"""The passes both batch-norm ops share: y = act(xhat * scale + bias + residual), its gradient, its sums.
+"""The passes both ops share: y = act(xhat * scale + bias + residual), its gradient, its sums.
 
-`affine` is the tuple (mean, spread, scale, bias) of per-channel pointers, None where absent. With a mean,
-xhat = (x - mean) * rstd, where `spread` is rstd, or a variance if SPREAD_IS_VAR; without, xhat = x. `maps` is
-the tuple of map-sized pointers, `strides` that of their strides in the same order.
+`affine` is the tuple (mean, spread, scale, bias) of per-channel pointers, None where absent. With a
+mean, xhat = (x - mean) * rstd, where `spread` is rstd, or a variance if SPREAD_IS_VAR; without,
+xhat = x. `maps` is the tuple of map-sized pointers, `strides` that of their strides in the same
+order.
 
-One program of a map-sized pass owns one tile. One program of a reducing pass owns BLOCK_C channels and one
-split of the pixels, walks it tile by tile, keeps a sum per lane, and adds the lanes up once at its end; the
-splits' sums go to a (splits, C) buffer that a second, tiny kernel adds in a fixed order: no atomics, and
-the same bits every time.
+One program of a map-sized pass owns one tile. One program of a reducing pass owns BLOCK_C channels
+and one split of the pixels, walks it tile by tile, keeps a sum per lane, and adds the lanes up once
+at its end; the splits' sums go to a (splits, C) buffer that a second, tiny kernel adds in a fixed
+order: no atomics, and the same bits every time.
 """
 
 from functools import lru_cache
@@ -55,8 +56,9 @@ class Config(NamedTuple):
 def pick(M: int, C: int, channels_last: bool, tile: int, sms: int) -> Config:
     """Choose a tile of about `tile` elements for an (M pixels, C channels) map.
 
-    A row of the tile is at least 64 bytes of bf16 and its far end wastes less than 1/8 where a power of
-    two allows it; a reduction gets 8 programs of 4 warps per multiprocessor, half its thread slots.
+    A row of the tile is at least 64 bytes of bf16 and its far end wastes less than 1/8 where a
+    power of two allows it; a reduction gets 8 programs of 4 warps per multiprocessor, half its
+    thread slots.
     """
     if channels_last:
         BLOCK_C = min(triton.next_power_of_2(C), 128)
@@ -81,9 +83,6 @@ def moments(mean_ptr, spread_ptr, c, C, eps, SPREAD_IS_VAR: tl.constexpr, ACC: t
     if SPREAD_IS_VAR:
         rstd = 1.0 / tl.sqrt(rstd + eps)
     return mean, rstd
-
-
-# ----------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
@@ -155,9 +154,6 @@ def apply(
         BLOCK_C=config.BLOCK_C,
         num_warps=config.num_warps,
     )
-
-
-# ---------------------------------------------------------------------------------------- backward
 
 
 @triton.jit
@@ -256,8 +252,8 @@ def backward(
 ) -> None:
     """Write what is given of dz = dy * act'(z), dx = dz * scale * rstd and (sum(dz * xhat), sum(dz)).
 
-    relu's derivative is read off `y` where that is given; other derivatives come from z, recomputed out
-    of `x` and `residual`.
+    relu's derivative is read off `y` where that is given; the others come from z, recomputed
+    out of `x` and `residual`.
     """
     maps = (dx, dz, dy, x, y, residual)
     like = next(t for t in (x, y, dx, dy) if t is not None)

@@ -1,11 +1,11 @@
 """Launching: one door for every kernel, so that a launch can be looked at instead of run.
 
-`captured()` records what launchers would launch. Launchers are pure functions of shapes, strides and
-dtypes, so on meta tensors they yield exactly the kernels, arguments and configs that a GPU would get:
-that is what the ahead-of-time gate compiles.
+`captured()` records what launchers would launch. Launchers are pure functions of shapes, strides
+and dtypes, so on meta tensors they yield exactly the kernels, arguments and configs that a GPU
+would get: that is what the ahead-of-time gate compiles.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ _capture: list[Launch] | None = None
 
 
 @contextmanager
-def captured() -> Iterator[list[Launch]]:
+def captured() -> Generator[list[Launch]]:
     """Record launches instead of running them."""
     global _capture
     outer, _capture = _capture, []

@@ -1,8 +1,8 @@
 """How kernels see an (N, C, H, W) tensor: tiles of pixels x channels, at any strides.
 
-A tile is BLOCK_M pixels by BLOCK_C channels. A pixel index m counts over N, H and W together, so a tile
-runs across image borders and a 7x7 map wastes no lanes. The fastest axis of the tile is the one that is
-contiguous in memory:
+A tile is BLOCK_M pixels by BLOCK_C channels. A pixel index m counts over N, H and W together, so a
+tile runs across image borders and a 7x7 map wastes no lanes. The fastest axis of the tile is the
+one that is contiguous in memory:
 
     channels last                     channels first
               c  ->                             m  ->
@@ -11,9 +11,9 @@ contiguous in memory:
       | |  x BLOCK_C  |                 | |  x BLOCK_M  |
       v +-------------+                 v +-------------+
 
-`geometry` merges what strides allow to merge: dense channels_last becomes M rows of C (HW = W = 1), dense
-NCHW becomes N x C rows of HW (W = 1). Triton specialises the ones away, so m // HW and p // W cost
-nothing there.
+`geometry` merges what strides allow to merge: dense channels_last becomes M rows of C (HW = W = 1),
+dense NCHW becomes N x C rows of HW (W = 1). Triton specialises the ones away, so m // HW and p // W
+cost nothing there.
 """
 
 from functools import cache, lru_cache
@@ -25,16 +25,16 @@ import triton.language as tl
 
 
 class Geometry(NamedTuple):
-    """Sizes (M, C, HW, W) of the merged view, one stride tuple (n, c, h, w) per tensor, the tile's order."""
+    """Sizes (M, C, HW, W) of the merged view, strides (n, c, h, w) per tensor, the tile's order."""
 
     sizes: tuple[int, int, int, int]
-    strides: tuple[tuple[int, int, int, int], ...]
+    strides: tuple[tuple[int, ...], ...]
     channels_last: bool
 
 
 @lru_cache(maxsize=4096)
-def geometry(shape: tuple[int, int, int, int], *strides: tuple[int, int, int, int]) -> Geometry:
-    """Merge the dimensions of tensors of one `shape`; the first one's strides choose the tile's order."""
+def geometry(shape: tuple[int, int, int, int], *strides: tuple[int, ...]) -> Geometry:
+    """Merge the dimensions of tensors of one `shape`; the first one chooses the tile's order."""
     N, C, H, W = shape
     # a dimension of size 1 never moves the pointer: give it no stride, so that it always merges
     strides = tuple(
@@ -57,7 +57,9 @@ def processors(device: torch.device) -> int:
     """Return how many multiprocessors the grid should fill."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132 if device.type == "meta" else 2  # ahead-of-time compilation: an H100; the interpreter
+    return (
+        132 if device.type == "meta" else 2
+    )  # ahead-of-time compilation: an H100; the interpreter
 
 
 @triton.jit

@@ -1,11 +1,12 @@
-"""Batch normalisation by the batch's own statistics, residual add and activation: kernels and launches.
+"""Batch normalisation by the batch's own statistics, residual add and activation: the kernels.
 
-Forward, three launches. `_moments_kernel`: a program owns BLOCK_C channels and one split of the pixels; every
-lane of its tile keeps its own (mean, M2) by Welford's update, and the lanes are merged once at its end.
-`_merge_kernel`: the splits' (mean, M2) are merged and the running statistics advanced. `_affine.apply`: y.
+Forward, three launches. `_moments_kernel`: a program owns BLOCK_C channels and one split of the
+pixels; every lane of its tile keeps its own (mean, M2) by Welford's update, and the lanes are
+merged once at its end. `_merge_kernel`: the splits' (mean, M2) are merged and the running
+statistics advanced. `_affine.apply`: y.
 
-Backward, three launches. `_affine.backward`: dz (written where it is dresidual) and the splits' sums;
-their addition; `_dx_kernel`: dx.
+Backward, three launches. `_affine.backward`: dz (written where it is dresidual) and the splits'
+sums; their addition; `_dx_kernel`: dx.
 
 Merging k parts, parts of n_i values with mean_i and M2_i, is Chan's rule for all parts at once:
 
@@ -29,8 +30,6 @@ from ._tile import (
     pixel_block,
     processors,
 )
-
-# ----------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
@@ -60,9 +59,9 @@ def _moments_kernel(
     seen = 0
     for m0 in range(start, stop, BLOCK_M):
         m = pixel_block(m0, BLOCK_M, CHANNELS_LAST)
-        x = tl.load(
-            x_ptr + offset(stride, sizes, m, c), mask=(m < stop) & (c < C), other=0.0
-        ).to(ACC)
+        x = tl.load(x_ptr + offset(stride, sizes, m, c), mask=(m < stop) & (c < C), other=0.0).to(
+            ACC
+        )
         seen += 1
         delta = tl.where(m < stop, x - mean, 0.0)  # a lane past the end learns nothing
         mean += delta * (1.0 / seen)
@@ -171,9 +170,6 @@ def forward(
     _affine.apply(x, residual, y, (mean, rstd, weight, bias), act)
 
 
-# ---------------------------------------------------------------------------------------- backward
-
-
 @triton.jit
 def _dx_kernel(
     maps,
@@ -227,7 +223,8 @@ def backward(
     """Write (dx, dresidual, dweight, dbias)."""
     dx, dresidual, dweight, dbias = gradients
     affine = (mean, rstd, weight, bias)
-    # dresidual is dz: where x alone does not yield it, the first pass writes it and the second reads it
+    # dresidual is dz: where x alone does not yield it, the first pass writes it and the second
+    # reads it
     dz = dresidual if dresidual.numel() else None
     sums = (dweight, dbias)
     _affine.backward(dy, x, y, residual, affine, act, dz=dz, dx=None, sums=sums)

@@ -1,8 +1,8 @@
 """Per-channel scale and shift, residual add and activation: the launches.
 
-Both directions are one map-sized pass of `_affine`, one program per tile. The backward pass adds up dscale
-and dbias on its way when they are wanted; its programs then own splits, and a second, tiny kernel adds
-those up.
+Both directions are one map-sized pass of `_affine`, one program per tile. The backward pass adds up
+dscale and dbias on its way when they are wanted; its programs then own splits, and a second, tiny
+kernel adds those up.
 """
 
 from torch import Tensor

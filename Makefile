@@ -1,0 +1,52 @@
+# One line per target; `make help` lists them. Targets set up .venv by themselves on a fresh machine;
+# gpu targets run from the source tree with the machine's own torch and triton, and install nothing.
+
+PYTHON     ?= python3
+GPU_PYTHON ?= python3
+BIN        := .venv/bin
+READY      := .venv/.ready
+OLDEST     := .cache/triton-3.6.0
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test check aot gpu gpu-test docs clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+bench: $(READY)  ## check every answer, then measure: eager, torch.compile, vertebra
+	$(BIN)/python -m vertebra bench
+
+test: aot  ## the kernels' compile gate, then the tests and the examples in docstrings
+	$(BIN)/python -m pytest -n auto --doctest-modules tests vertebra/kernels vertebra/nn
+
+check: $(READY)  ## lint, format, types, and the bans of .pre-commit-config.yaml
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	SKIP=ruff,ruff-format,pyright $(BIN)/pre-commit run --all-files
+
+aot: $(READY) $(OLDEST)/.ready  ## compile every kernel for every target: pinned triton, oldest triton
+	$(BIN)/python -m vertebra.testing.aot
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot
+
+gpu:  ## measure on this machine's GPU; JSON goes to $OUT, else bench/results
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu
+
+# The interrupt at 8 minutes lets pytest still write its report.
+gpu-test:  ## the tests on this machine's GPU; a JUnit report goes to $OUT, else bench/results
+	PYTHONPATH=.:$$PYTHONPATH timeout -s INT 480 $(GPU_PYTHON) -m pytest tests -m "not parity and not aot" --junitxml="$${OUT:-bench/results}/gpu-test.xml"
+
+docs: $(READY)  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove everything the targets made, except bench/results
+	rm -rf .venv .cache .pytest_cache .ruff_cache .benchmarks .hypothesis site dist build
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(OLDEST)/.ready: | $(READY)
+	$(BIN)/pip install -q --no-deps --upgrade --target $(OLDEST) triton==3.6.0
+	@touch $@

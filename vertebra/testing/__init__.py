@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the declared cases, the error budget and the contract check."""

@@ -1,0 +1,117 @@
+"""The contract every op keeps on every case: one check, for the tests and before any timing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+from ..kernels import backend
+from .budget import assert_within_budget
+from .cases import Case, Inputs
+
+_KINKS = {"relu": (0.0,), "hardswish": (-3.0, 3.0)}
+_DIFFERENTIABLE = ("x", "weight", "bias", "residual")
+
+
+def check(case: Case, device: torch.device | str) -> None:
+    """Raise AssertionError unless the op's Triton path keeps its contract on `case`.
+
+    Outputs, updated statistics and every gradient are within the error budget of eager fp64;
+    outputs have x's memory format; inputs are untouched; a second run gives the same bits; all of
+    it with fresh memory filled with NaN and PyTorch's deterministic mode on.
+    """
+    inputs = case.inputs(device)
+    inputs["dy"] = away_from_kinks(case, inputs)
+    truth = evaluate(case, upcast(inputs), "eager")
+    eager = evaluate(case, copied(inputs), "eager")
+    with strict_memory():
+        mine, again = copied(inputs), copied(inputs)
+        actual = evaluate(case, mine, "triton")
+        repeated = evaluate(case, again, "triton")
+
+    for name, value in actual.items():
+        terms = 1 if value.dim() == 4 else math.prod(case.shape) // case.shape[1]
+        assert_within_budget(name, value, eager[name], truth[name], terms)
+        if not same_bits(value, repeated[name]):
+            raise AssertionError(f"{name}: a second run gave other bits")
+    x = inputs["x"]
+    assert x is not None
+    for name, like in (("y", x), ("dx", x)):
+        wanted = torch.empty_like(like).stride()
+        if actual[name].stride() != wanted:
+            raise AssertionError(f"{name}: strides {actual[name].stride()}, not {wanted}")
+    for name, value in inputs.items():
+        updated = case.op == "batch_norm_act" and name in ("mean", "var")
+        after = mine[name]
+        if value is not None and after is not None and not updated and not same_bits(value, after):
+            raise AssertionError(f"{name}: the input was changed")
+
+
+def evaluate(case: Case, inputs: Inputs, path: str) -> dict[str, Tensor]:
+    """Run `case` on `path` both ways; return outputs, updated statistics and gradients."""
+    leaves = {k: inputs[k] for k in _DIFFERENTIABLE}
+    leaves = {k: v.detach().requires_grad_() for k, v in leaves.items() if v is not None}
+    with backend(path):  # pyright: ignore[reportArgumentType]
+        results = case.run({**inputs, **leaves})
+        gradients = torch.autograd.grad(results["y"], list(leaves.values()), inputs["dy"])
+    for name, gradient in zip(leaves, gradients, strict=True):
+        results["d" + name] = gradient
+    return {k: v.detach() for k, v in results.items()}
+
+
+def away_from_kinks(case: Case, inputs: Inputs) -> Tensor:
+    """Return dy with zeros where z is within rounding of a kink of the activation.
+
+    There the derivative is one of two values, and which one is not part of the contract.
+    """
+    dy = inputs["dy"]
+    assert dy is not None
+    if case.act not in _KINKS:
+        return dy
+    linear = Case(case.op, case.shape, case.dtype, case.layout, "none", case.options)
+    with backend("eager"):
+        z = linear.run(upcast(inputs))["y"]
+    near = torch.zeros_like(z, dtype=torch.bool)
+    for kink in _KINKS[case.act]:
+        near |= (z - kink).abs() < 1e-5 * z.abs().max()
+    return torch.where(near, 0, dy)
+
+
+def copied(inputs: Inputs) -> Inputs:
+    """Return a copy of `inputs` that keeps values and strides, gaps of a sliced tensor included."""
+    return {k: None if v is None else _clone(v) for k, v in inputs.items()}
+
+
+def upcast(inputs: Inputs) -> Inputs:
+    """Return `inputs` in fp64."""
+    return {k: None if v is None else v.double() for k, v in inputs.items()}
+
+
+def _clone(t: Tensor) -> Tensor:
+    storage = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage().clone())
+    return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal, NaN equal to NaN."""
+    return bool(torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)))
+
+
+@contextmanager
+def strict_memory() -> Generator[None]:
+    """Fill fresh memory with NaN, and refuse operations that are not deterministic."""
+    flags: Any = deterministic
+    outer = torch.are_deterministic_algorithms_enabled(), flags.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    flags.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(outer[0])
+        flags.fill_uninitialized_memory = outer[1]
