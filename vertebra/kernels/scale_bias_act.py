@@ -216,8 +216,8 @@ def _triton(
     eps: float,
     act: str,
 ) -> Tensor:
-    run = _ScaleBiasAct.apply if wants_grad(x, scale, bias, residual) else _forward
-    return run(x, scale, bias, residual, mean, var, eps, act)
+    args = (x, scale, bias, residual, mean, var, eps, act)
+    return _ScaleBiasAct.apply(*args) if wants_grad(x, scale, bias, residual) else _forward(*args)
 
 
 def _traffic(

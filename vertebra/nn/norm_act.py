@@ -195,18 +195,17 @@ def create_norm_act(
             )
         norm_layer = None
     layer: Any = norm_layer or BatchNormAct2d
+    args: tuple[Any, ...] = ()
+    base: Any = layer
     if isinstance(layer, partial):
-        kwargs = {**layer.keywords, **kwargs}
-        base: Any = layer.func
-    else:
-        base = layer
+        base, args, kwargs = layer.func, layer.args, {**layer.keywords, **kwargs}
     if base is nn.BatchNorm2d:
         base = BatchNormAct2d
     if base in (BatchNormAct2d, FrozenBatchNormAct2d):
-        return base(num_features, apply_act=apply_act, act_layer=act_layer, **kwargs)
+        return base(*args, num_features, apply_act=apply_act, act_layer=act_layer, **kwargs)
     for name in ("act_kwargs", "inplace", "device", "dtype"):  # what a bare norm may not know
         kwargs.pop(name, None)
-    return base(num_features, **kwargs)
+    return base(*args, num_features, **kwargs)
 
 
 def norm_act(norm: nn.Module, x: Tensor, act: nn.Module, residual: Tensor | None = None) -> Tensor:

@@ -250,10 +250,10 @@ def backward(
     eps: float = 0.0,
     spread_is_var: bool = False,
 ) -> None:
-    """Write what is given of dz = dy * act'(z), dx = dz * scale * rstd and (sum(dz * xhat), sum(dz)).
+    """Write those given of dz = dy * act'(z), dx = dz * scale * rstd, (sum(dz * xhat), sum(dz)).
 
-    relu's derivative is read off `y` where that is given; the others come from z, recomputed
-    out of `x` and `residual`.
+    The derivative of relu is read off `y` where that is given; others come from z, recomputed out
+    of `x` and `residual`.
     """
     maps = (dx, dz, dy, x, y, residual)
     like = next(t for t in (x, y, dx, dy) if t is not None)

@@ -1,0 +1,45 @@
+"""Where the tests run: on the GPU when there is one, else in the Triton interpreter on the CPU."""
+
+import os
+
+import torch
+
+# Triton reads this once, at import: before anything of vertebra or of the peers
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+def _declare_torchvision_ops() -> torch.library.Library | None:
+    """Declare the two operators that torchvision's CUDA wheel misses beside a CPU torch.
+
+    Its import looks them up. Nothing here calls them.
+    """
+    if torch.cuda.is_available():
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+_TORCHVISION = _declare_torchvision_ops()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device Triton kernels run on here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_per_worker() -> None:
+    """Let parallel workers share the cores instead of each taking all."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

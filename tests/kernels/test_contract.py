@@ -1,0 +1,83 @@
+"""Every op, over every declared case, against eager PyTorch in double precision."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vertebra.kernels import backend
+from vertebra.testing.cases import OPS, Case, cases
+from vertebra.testing.contract import check, copied, evaluate, same_bits
+
+
+def parametrize(tag: str) -> Callable[[Any], Any]:
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in cases(tag)])
+
+
+@parametrize("test")
+def test_contract(case: Case, device: torch.device) -> None:
+    check(case, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes of a real batch need a GPU")
+@parametrize("bench")
+def test_contract_at_full_size(case: Case, device: torch.device) -> None:
+    check(case, device)
+
+
+@parametrize("compile")
+def test_registered_ops(case: Case, device: torch.device) -> None:
+    """Schema, fake kernel and dispatch of every registered op that a call takes, by opcheck."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "vertebra":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    inputs = case.inputs(device)
+    with Recorder():
+        evaluate(case, inputs, "triton")
+    assert [op._opname for op, _ in calls] == [case.op, f"{case.op}_backward"]
+    for op, args in calls:  # autograd is outside of them
+        torch.library.opcheck(op, [a.detach() if isinstance(a, torch.Tensor) else a for a in args])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@parametrize("compile")
+def test_compiled(case: Case, dynamic: bool, device: torch.device) -> None:
+    """One graph, the same bits as without compilation, and no second graph for a second size."""
+    torch._dynamo.reset()
+    compiled = torch.compile(case.run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    counters.clear()
+    for shape in (case.shape, (3, case.shape[1], 7, 9))[: 1 + dynamic]:
+        inputs = replace(case, shape=shape).inputs(device)
+        plain = evaluate(case, copied(inputs), "triton")
+        found = evaluate(case, copied(inputs), "triton", compiled)
+        assert plain.keys() == found.keys()
+        for name in plain:
+            assert same_bits(plain[name], found[name]), name
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_double_precision_gradients(op: str, device: torch.device) -> None:
+    """The kernels' gradients are those of the kernels' own outputs, by finite differences."""
+    for layout in ("nchw", "nhwc"):
+        for act in ("silu", "gelu"):
+            case = Case(op, (2, 3, 3, 2), torch.float64, layout, act)
+            inputs = {k: v if v is None else v.double() for k, v in case.inputs(device).items()}
+            names = ("x", "weight", "bias", "residual")
+            leaves = [inputs[n].detach().requires_grad_() for n in names]
+
+            def run(*values, case=case, inputs=inputs, names=names):
+                return case.run({**copied(inputs), **dict(zip(names, values, strict=True))})["y"]
+
+            with backend("triton"):
+                assert torch.autograd.gradcheck(run, leaves, atol=1e-6, fast_mode=False)

@@ -1,0 +1,248 @@
+"""Ahead-of-time compilation: the binary a GPU would run for a captured launch, made and read without one.
+
+`specialise` passes the launch, meta tensors and all, through Triton's own binder, so that types, constants
+and alignments are those of the JIT by construction. `measure` compiles the result and reads it. Each
+fact is read where it is final and still legible:
+
+    registers, stack         ptxas's log; on AMD the metadata of the assembly
+    spills, widest access    the disassembled binary
+    access by argument       LLVM IR: the last form in which an access knows the pointer it came from
+    tensor cores             the dots of Triton's IR, the instructions of the binary
+"""
+
+from __future__ import annotations
+
+import copyreg
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from ._launch import Launch
+
+VERSION = triton.__version__
+
+
+class Target(NamedTuple):
+    """A device family: shared memory one program may ask for, and what its matrix instructions look like."""
+
+    gpu: GPUTarget
+    shared: int
+    matrix: str
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, r"\b[HIDB]MMA\b"),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 99 << 10, r"\b[HIDBQ]MMA\b"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, r"\b[HIBQ]GMMA\b"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, r"\bUTC\w*MMA\b"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, r"\bv_s?mfma_"),
+}
+
+
+class Binary(NamedTuple):
+    """What one compiled launch uses; `loads` and `stores` are bits of the narrowest access, by argument."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+    widest_load: int
+    widest_store: int
+    dots: int
+    matrix: int
+    serialized: bool
+
+
+# A jitted function is a global of its module, and travels to another process as one.
+copyreg.pickle(JITFunction, lambda kernel: kernel.__qualname__)
+
+
+def specialise(launch: Launch, target: Target) -> tuple[ASTSource, Any]:
+    """Return the source and options that Triton's JIT would compile for `launch` on `target`."""
+    kernel, backend = launch.kernel, make_backend(target.gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, _ = bind(**launch.arguments)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, launch.arguments, bound, specialisation, None
+    )
+    return ASTSource(kernel, signature, constexprs, attrs), options
+
+
+def identity(launch: Launch, target: Target) -> str:
+    """Return a key that changes with anything that could change `measure(launch, target)`."""
+    source, options = specialise(launch, target)
+    parts = (VERSION, make_backend(target.gpu).hash(), source.hash(), options.hash(), _own_text())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@cache
+def _own_text() -> str:
+    return Path(__file__).read_text()
+
+
+def register_budget(launch: Launch) -> int | None:
+    """Return the registers per thread that the kernel's module grants it in `REGISTERS`, if it does."""
+    budget = getattr(sys.modules[launch.kernel.__module__], "REGISTERS", {})
+    return budget.get(launch.kernel.__name__)
+
+
+def leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested tuples, named by their path: maps[0], strides[1][3]."""
+    if isinstance(tree, tuple):
+        for i, branch in enumerate(tree):
+            yield from leaves(branch, f"{name}[{i}]")
+    else:
+        yield name, tree
+
+
+def measure(launch: Launch, target: Target) -> Binary:
+    """Compile `launch` for `target` and read what came out."""
+    source, options = specialise(launch, target)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+        redirect_stdout(StringIO()) as log,
+    ):
+        knobs.cache.dir = scratch
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target.gpu, options=vars(options))
+        asm = compiled.asm
+        if target.gpu.backend == "cuda":
+            code = _disassemble(asm["cubin"], scratch)
+            usage = _cuda_usage(log.getvalue(), code)
+        else:
+            code = asm["amdgcn"]
+            usage = _hip_usage(code)
+    loads, stores = _accesses(asm["llir"], source.signature)
+    return Binary(
+        **usage,
+        shared=compiled.metadata.shared,
+        loads=loads,
+        stores=stores,
+        dots=_dots(asm["ttir"]),
+        matrix=len(re.findall(target.matrix, code)),
+        serialized="serialized" in log.getvalue(),
+    )
+
+
+# ---------------------------------------------------------------------------------- the final code
+
+
+def _disassemble(cubin: bytes, folder: str) -> str:
+    path = Path(folder, "kernel.cubin")
+    path.write_bytes(cubin)
+    command = [knobs.nvidia.nvdisasm.path, "-c", path]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _cuda_usage(log: str, sass: str) -> dict[str, int]:
+    # LDG.E is 32 bits; LDG.E.U16, .64, .128 and .ENL2.256 say theirs
+    widest = {"LD": 0, "ST": 0}
+    for way, modifiers in re.findall(r"\b(LD|ST)G(?:STS)?\.(\S+)", sass):
+        bits = [int(b) for b in re.findall(r"\b[US]?(8|16|64|128|256)\b", modifiers)]
+        widest[way] = max(widest[way], bits[-1] if bits else 32)
+    return {
+        "registers": _number(r"Used (\d+) registers", log),
+        "stack": _number(r"(\d+) bytes stack frame", log),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "widest_load": widest["LD"],
+        "widest_store": widest["ST"],
+    }
+
+
+def _hip_usage(amdgcn: str) -> dict[str, int]:
+    widest = {"load": 0, "store": 0}
+    for way, unit, count in re.findall(
+        r"\b(?:global|buffer|flat)_(load|store)_\w*?(dword|short|byte)(?:x(\d))?", amdgcn
+    ):
+        bits = {"dword": 32, "short": 16, "byte": 8}[unit] * int(count or 1)
+        widest[way] = max(widest[way], bits)
+    return {
+        "registers": _number(r"\.vgpr_count:\s+(\d+)", amdgcn),
+        "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", amdgcn),
+        "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", amdgcn)
+        + _number(r"\.sgpr_spill_count:\s+(\d+)", amdgcn),
+        "widest_load": widest["load"],
+        "widest_store": widest["store"],
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    (number,) = re.findall(pattern, text)  # one kernel, so one: anything else is another format
+    return int(number)
+
+
+def _dots(ttir: str) -> int:
+    """Count the dots that belong on tensor cores: all but those of fp32 kept as fp32, and of fp64."""
+    dots = [line for line in ttir.splitlines() if " tt.dot" in line]
+    full = re.compile(r"xf64> \*|^(?!.*inputPrecision = (?!ieee)).*xf32> \*")
+    return sum(not full.search(line) for line in dots)
+
+
+# --------------------------------------------------------------------------- accesses, by argument
+
+_POINTER = re.compile(r"ptr addrspace\([18]\) (?:\[ )?(%[\w.]+)|\[ (%[\w.]+), %")
+_POINTER_PARAMETER = re.compile(r"ptr addrspace\(1\)[^%]* (%\d+)")
+_ACCESS = [  # way, lanes, type of a lane
+    re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d+))?\.b(\d+)\b"),  # PTX, inside inline assembly
+    re.compile(r"\b(cp)\.async\.c[ag]\.shared\.global .*?, (0x\w+)()"),  # the same, in bytes
+    re.compile(r"\.buffer\.(load|store)\.(?:v(\d+))?((?:i|f|bf)\d+)\("),  # AMD's intrinsics
+    re.compile(r"\b(load|store) (?:<(\d+) x )?(\w+)"),  # LLVM's own
+]
+_BITS = {"": 8, "half": 16, "bfloat": 16, "float": 32, "double": 64}
+
+
+def _accesses(llir: str, signature: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the bits of the narrowest global load and store of each pointer argument."""
+    arguments = [leaf for name, tree in signature.items() for leaf in leaves(tree, name)]
+    arguments = [(name, kind) for name, kind in arguments if kind != "constexpr"]
+    names = {f"%{i}": name for i, (name, kind) in enumerate(arguments) if kind.startswith("*")}
+    lines = llir[llir.index("\ndefine ") + 1 :].splitlines()
+    assert names.keys() <= set(_POINTER_PARAMETER.findall(lines[0])), "not one parameter per leaf"
+
+    pointers = [[a or b for a, b in _POINTER.findall(line)] for line in lines]
+    origins = {
+        line.split(" = ")[0].strip(): pointed
+        for line, pointed in zip(lines, pointers)
+        if " = " in line
+    }
+    loads: dict[str, int] = {}
+    stores: dict[str, int] = {}
+    for line, pointed in zip(lines, pointers):
+        access = next(filter(None, (pattern.search(line) for pattern in _ACCESS)), None)
+        if access is None or not pointed:
+            continue
+        way, lanes, kind = access.groups()
+        bits = int(lanes or "1", 0) * (_BITS.get(kind) or int(kind.lstrip("ibf")))
+        table = stores if way in ("st", "store") else loads
+        for root in _roots(pointed[-1], origins):
+            name = names.get(root, "?")
+            table[name] = min(bits, table.get(name, bits))
+    return loads, stores
+
+
+def _roots(pointer: str, origins: dict[str, list[str]]) -> set[str]:
+    """Follow address arithmetic, phis and selects back to the parameters `pointer` may come from."""
+    seen, todo = set[str](), [pointer]
+    while todo:
+        if (name := todo.pop()) not in seen:
+            seen.add(name)
+            todo += origins.get(name, [])
+    return seen - origins.keys()
