@@ -34,7 +34,7 @@ gpu:  ## measure on this machine's GPU; JSON goes to $OUT, else bench/results
 
 # The interrupt at 8 minutes lets pytest still write its report.
 gpu-test:  ## the tests on this machine's GPU; a JUnit report goes to $OUT, else bench/results
-	PYTHONPATH=.:$$PYTHONPATH timeout -s INT 480 $(GPU_PYTHON) -m pytest tests -m "not parity and not aot" --junitxml="$${OUT:-bench/results}/gpu-test.xml"
+	PYTHONPATH=.:$$PYTHONPATH timeout -s INT 480 $(GPU_PYTHON) -m pytest tests -n 8 --dist loadgroup -m "not parity and not aot" --junitxml="$${OUT:-bench/results}/gpu-test.xml"
 
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

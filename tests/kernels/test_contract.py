@@ -24,6 +24,7 @@ def test_contract(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")  # one at a time: the truth in fp64 takes tens of GB
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes of a real batch need a GPU")
 @parametrize("bench")
 def test_contract_at_full_size(case: Case, device: torch.device) -> None:

@@ -194,18 +194,19 @@ def create_norm_act(
                 f"norm_layer must be 'batchnorm2d', a class or a callable; got {norm_layer!r}"
             )
         norm_layer = None
-    layer: Any = norm_layer or BatchNormAct2d
+    base: Any = norm_layer or BatchNormAct2d
     args: tuple[Any, ...] = ()
-    base: Any = layer
-    if isinstance(layer, partial):
-        base, args, kwargs = layer.func, layer.args, {**layer.keywords, **kwargs}
+    if isinstance(base, partial):
+        base, args, kwargs = base.func, base.args, {**base.keywords, **kwargs}
     if base is nn.BatchNorm2d:
         base = BatchNormAct2d
-    if base in (BatchNormAct2d, FrozenBatchNormAct2d):
-        return base(*args, num_features, apply_act=apply_act, act_layer=act_layer, **kwargs)
-    for name in ("act_kwargs", "inplace", "device", "dtype"):  # what a bare norm may not know
-        kwargs.pop(name, None)
-    return base(*args, num_features, **kwargs)
+    if isinstance(base, type) and issubclass(base, _FusesAct):
+        kwargs |= {"apply_act": apply_act, "act_layer": act_layer}
+    else:  # a bare norm knows nothing of these
+        for name in ("act_kwargs", "inplace", "device", "dtype"):
+            kwargs.pop(name, None)
+    build: Any = base
+    return build(*args, num_features, **kwargs)
 
 
 def norm_act(norm: nn.Module, x: Tensor, act: nn.Module, residual: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 def error(actual: Tensor, truth: Tensor) -> float:
     """Return max |actual - truth| in fp64; infinite where one is NaN and the other is not."""
-    actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
+    actual, truth = actual.detach().double(), truth.detach().double()
     difference = torch.where(actual == truth, 0.0, (actual - truth).abs())
     difference = torch.where(actual.isnan() & truth.isnan(), 0.0, difference)
     return difference.nan_to_num(nan=float("inf")).max().item() if difference.numel() else 0.0

@@ -48,11 +48,12 @@ class Case:
 
     def inputs(self, device: torch.device | str, seed: int = 0) -> Inputs:
         """Draw the arguments: random, off-centre, in the case's dtype; parameters in fp32."""
-        generator = torch.Generator().manual_seed(seed)
+        device = torch.device(device)
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
         C = self.shape[1]
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
 
         residual = "nchw" if self.layout == "mixed" else self.layout
         inputs: Inputs = {
@@ -77,7 +78,7 @@ class Case:
                 inputs[name] = value.to(torch.float32)
             if not keep.get(name, True):
                 inputs[name] = None
-        return {k: None if v is None else v.to(device) for k, v in inputs.items()}
+        return inputs
 
     def _map(self, values: Tensor) -> Tensor:
         values = values.to(self.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,12 +53,17 @@ def check(case: Case, device: torch.device | str) -> None:
             raise AssertionError(f"{name}: the input was changed")
 
 
-def evaluate(case: Case, inputs: Inputs, path: str) -> dict[str, Tensor]:
-    """Run `case` on `path` both ways; return outputs, updated statistics and gradients."""
+def evaluate(
+    case: Case,
+    inputs: Inputs,
+    path: str,
+    call: Callable[[Inputs], dict[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Run `case`, or `call` in its place, both ways; return outputs, new statistics, gradients."""
     leaves = {k: inputs[k] for k in _DIFFERENTIABLE}
     leaves = {k: v.detach().requires_grad_() for k, v in leaves.items() if v is not None}
     with backend(path):  # pyright: ignore[reportArgumentType]
-        results = case.run({**inputs, **leaves})
+        results = (call or case.run)({**inputs, **leaves})
         gradients = torch.autograd.grad(results["y"], list(leaves.values()), inputs["dy"])
     for name, gradient in zip(leaves, gradients, strict=True):
         results["d" + name] = gradient
