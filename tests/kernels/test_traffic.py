@@ -1,0 +1,72 @@
+"""`Op.traffic` against what the launches can touch: every map that a launch is given, once."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from vertebra.kernels import Traffic, _op
+from vertebra.kernels._act import ACTIVATIONS
+from vertebra.kernels._triton._launch import Launch, captured
+from vertebra.testing.cases import OPS, Case
+
+BN, AFFINE, RESIDUAL = ("affine", "stats"), ("affine",), ("affine", "stats", "residual")
+
+
+def maps(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the (N, C, H, W) tensors of a launch's arguments."""
+    if isinstance(value, torch.Tensor) and value.dim() == 4:
+        yield value
+    elif isinstance(value, tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from maps(part)
+
+
+def touched(launches: list[Launch]) -> int:
+    return sum(m.numel() * m.element_size() for launch in launches for m in maps(launch.arguments))
+
+
+def measure(case: Case, frozen: bool, device: torch.device) -> tuple[Traffic, Traffic]:
+    """Return what the op declares for `case`, and what its launches can touch."""
+    inputs = case.inputs(device)
+    trained = ("x", "residual") if frozen else ("x", "residual", "weight", "bias")
+    inputs |= {k: v.requires_grad_() for k in trained if (v := inputs[k]) is not None}
+    declared: list[Traffic] = []
+    with _op.observe(lambda call: declared.append(call.op.traffic(*call.args))):
+        with captured() as forward:
+            y = case.run(inputs)["y"]
+        with captured() as backward:
+            y.backward(inputs["dy"])
+    (traffic,) = declared
+    return traffic, Traffic(touched(forward), touched(backward))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize(
+    ("op", "act", "options"),
+    list(itertools.product(OPS, ACTIVATIONS, [BN, AFFINE, RESIDUAL])),
+    ids=str,
+)
+def test_traffic_is_what_the_launches_touch(op, act, options, frozen, device) -> None:
+    case = Case(op, (2, 8, 5, 6), torch.bfloat16, act=act, options=options)
+    declared, found = measure(case, frozen, device)
+    assert declared == found
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "frozen", "forward", "backward"),
+    [  # the tables of docs/kernels, in maps
+        ("scale_bias_act", BN, True, 2, 3),
+        ("scale_bias_act", RESIDUAL, True, 3, 4),
+        ("scale_bias_act", BN, False, 2, 3),
+        ("scale_bias_act", RESIDUAL, False, 3, 5),
+        ("batch_norm_act", BN, False, 3, 5),
+        ("batch_norm_act", RESIDUAL, False, 4, 7),
+    ],
+)
+def test_traffic_in_the_documentation(op, options, frozen, forward, backward, device) -> None:
+    case = Case(op, (2, 8, 5, 6), torch.bfloat16, options=options)
+    one = 2 * 8 * 5 * 6 * 2
+    assert measure(case, frozen, device)[1] == (forward * one, backward * one)
