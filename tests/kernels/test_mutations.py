@@ -18,13 +18,13 @@ from vertebra.testing.cases import Case
 from vertebra.testing.contract import check
 
 APPLY = {
-    "drops the residual": ("tl.load(residual_ptr + at", "0 * tl.load(residual_ptr + at"),
+    "drops the residual": ("z += load_tile(residual_ptr", "z += 0 * load_tile(residual_ptr"),
     "shifts the channel": ("load_channels(scale_ptr, c, C", "load_channels(scale_ptr, c // 2, C"),
-    "loses the tail": ("inside = (m < M) & (c < C)", "inside = (m < M - 1) & (c < C)"),
+    "loses the tail": ("(m < M) & (c < C)", "(m < M - 1) & (c < C)"),
 }
 BACKWARD = {
     "forgets the activation": ("dz *= DACT(z)", "dz *= 1.0"),
-    "forgets rstd": ("dx = (dz * scale * rstd)", "dx = (dz * scale)"),
+    "forgets rstd": ("tile, dz * scale * rstd,", "tile, dz * scale,"),
     "sums x, not xhat": ("sum_dz_xhat += dz * xhat", "sum_dz_xhat += dz * x"),
 }
 ADD_SPLITS = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vertebra.kernels._triton._affine import MAX_SPLITS, pick
-from vertebra.kernels._triton._tile import geometry, offset
+from vertebra.kernels._triton._tile import Geometry, geometry, offset
 
 SIZES = st.tuples(*[st.integers(1, 5)] * 4)
 
@@ -33,9 +33,13 @@ def tensors(draw, shape):
 def test_merged_view_addresses_the_same_elements(data) -> None:
     shape = data.draw(SIZES)
     maps = [data.draw(tensors(shape)) for _ in range(data.draw(st.integers(1, 3)))]
-    (M, C, HW, W), strides, _ = geometry(tuple(maps[0].shape), *(t.stride() for t in maps))
+    view = geometry(tuple(maps[0].shape), *(t.stride() for t in maps))
+    (M, C, HW, W), strides = view.sizes, view.strides
     N, channels, H, width = maps[0].shape
     assert (N * H * width, channels) == (M, C)
+    axis, run = (1, C) if view.channels_last else (2, HW) if W == 1 else (3, W)
+    others = [s for stride in strides for i, s in enumerate(stride) if i != axis]
+    assert all(n % view.unit == 0 for n in [run, *others])
     for t, stride in zip(maps, strides, strict=True):
         found = [
             (m // HW) * stride[0]
@@ -51,27 +55,37 @@ def test_merged_view_addresses_the_same_elements(data) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "sizes", "stride", "channels_last"),
+    ("shape", "format", "expected"),
     [
-        (torch.contiguous_format, (210, 3, 35, 1), (105, 35, 1, 0), False),
-        (torch.channels_last, (210, 3, 1, 1), (3, 1, 0, 0), True),
+        ((6, 3, 5, 7), torch.contiguous_format, ((210, 3, 35, 1), ((105, 35, 1, 0),), False, 1)),
+        ((6, 3, 5, 7), torch.channels_last, ((210, 3, 1, 1), ((3, 1, 0, 0),), True, 1)),
+        (
+            (2, 3, 14, 14),
+            torch.contiguous_format,
+            ((392, 3, 196, 1), ((588, 196, 1, 0),), False, 4),
+        ),
+        ((2, 104, 3, 5), torch.channels_last, ((30, 104, 1, 1), ((104, 1, 0, 0),), True, 8)),
     ],
 )
-def test_dense_maps_merge_fully(format, sizes, stride, channels_last) -> None:
-    x = torch.empty(6, 3, 5, 7).contiguous(memory_format=format)
-    assert geometry(tuple(x.shape), x.stride()) == (sizes, (stride,), channels_last)
+def test_dense_maps_merge_fully(shape, format, expected) -> None:
+    x = torch.empty(shape).contiguous(memory_format=format)
+    assert geometry(shape, x.stride()) == expected
 
 
 @given(
     M=st.integers(1, 2**31 - 2**16 - 1),
     C=st.integers(1, 5000),
     channels_last=st.booleans(),
-    tile=st.sampled_from([2048, 4096]),
+    unit=st.sampled_from([1, 4, 8]),
+    itemsize=st.sampled_from([2, 4, 8]),
+    tile_bytes=st.sampled_from([2048, 4096, 8192]),
     sms=st.sampled_from([2, 40, 132, 148]),
 )
-def test_pick(M: int, C: int, channels_last: bool, tile: int, sms: int) -> None:
-    BLOCK_M, BLOCK_C, num_warps, splits = pick(M, C, channels_last, tile, sms)
-    assert tile >= BLOCK_M * BLOCK_C
+def test_pick(M, C, channels_last, unit, itemsize, tile_bytes, sms) -> None:
+    view = Geometry((M, C, 1, 1), (), channels_last, unit)
+    config = pick(view, itemsize, tile_bytes=tile_bytes, programs=8 * sms)
+    BLOCK_M, BLOCK_C, num_warps, splits = config
+    assert BLOCK_M * BLOCK_C * itemsize <= tile_bytes
     assert {BLOCK_M.bit_count(), BLOCK_C.bit_count()} == {1}
     assert num_warps in (1, 4)
     assert 1 <= splits <= MAX_SPLITS
@@ -81,9 +95,13 @@ def test_pick(M: int, C: int, channels_last: bool, tile: int, sms: int) -> None:
 
 
 @triton.jit
-def _offset_kernel(out_ptr, stride, sizes, BLOCK: tl.constexpr):
+def _offset_kernel(
+    out_ptr, stride, sizes, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.arange(0, BLOCK)
-    tl.store(out_ptr + i, offset(stride, sizes, i + sizes[0] - BLOCK, i * 0 + sizes[1] - 1))
+    m = i + sizes[0] - BLOCK
+    c = i * 0 + sizes[1] - 1
+    tl.store(out_ptr + i, offset(stride, sizes, m, c, CHANNELS_LAST, UNIT))
 
 
 @pytest.mark.parametrize(
@@ -96,9 +114,9 @@ def test_offsets_past_32_bits(shape, format, device) -> None:
     """The last pixels of maps of more than 2^31 elements, by address arithmetic alone."""
     x = torch.empty(shape, device="meta").to(memory_format=format)
     assert x.numel() > 2**31
-    sizes, (stride,), _ = geometry(shape, x.stride())
+    sizes, (stride,), channels_last, unit = geometry(shape, x.stride())
     out = torch.empty(8, dtype=torch.int64, device=device)
-    _offset_kernel[(1,)](out, stride, sizes, BLOCK=8)
+    _offset_kernel[(1,)](out, stride, sizes, channels_last, unit, BLOCK=8)
     N, C, H, W = shape
     s = x.stride()
     pixels = range(N * H * W - 8, N * H * W)

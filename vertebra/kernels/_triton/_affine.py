@@ -22,13 +22,16 @@ from torch import Tensor
 from ._act import ACTIVATIONS
 from ._launch import launch
 from ._tile import (
+    Geometry,
     channel_block,
+    extents,
     geometry,
     load_channels,
-    offset,
+    load_tile,
     over_pixels,
     pixel_block,
     processors,
+    store_tile,
 )
 
 ACC = {
@@ -38,6 +41,9 @@ ACC = {
     torch.float64: tl.float64,
 }
 MAX_SPLITS = 1024
+# A reduction runs as many programs as fit at once, so that none is left for a second wave: with 128
+# registers a lane, 4 programs of 4 warps fit on a multiprocessor, with 64, 8.
+REGISTERS = {"_backward_kernel": 128}
 
 
 Affine = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -53,26 +59,27 @@ class Config(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def pick(M: int, C: int, channels_last: bool, tile: int, sms: int) -> Config:
-    """Choose a tile of about `tile` elements for an (M pixels, C channels) map.
+def pick(view: Geometry, itemsize: int, *, tile_bytes: int, programs: int = 1) -> Config:
+    """Choose a tile of at most `tile_bytes`, and at most `programs` programs for a reduction.
 
-    A row of the tile is at least 64 bytes of bf16 and its far end wastes less than 1/8 where a
-    power of two allows it; a reduction gets 8 programs of 4 warps per multiprocessor, half its
-    thread slots.
+    Narrow accesses take an address each, and so get a smaller tile. A row of the tile is at least
+    64 bytes of bf16, and its far end wastes less than 1/8 where a power of two allows it.
     """
-    if channels_last:
-        BLOCK_C = min(triton.next_power_of_2(C), 128)
+    M, C = view.sizes[:2]
+    tile = tile_bytes // itemsize // (1 if view.unit >= 4 else 4)
+    if view.channels_last:
+        BLOCK_C = min(triton.next_power_of_2(C), 128, tile)
         while BLOCK_C > 32 and triton.cdiv(C, BLOCK_C) * BLOCK_C * 7 > C * 8:
             BLOCK_C //= 2
         BLOCK_M = min(tile // BLOCK_C, triton.next_power_of_2(M))
     else:
-        BLOCK_M = min(triton.next_power_of_2(M), 512)
+        BLOCK_M = min(triton.next_power_of_2(M), 512, tile)
         BLOCK_C = min(tile // BLOCK_M, triton.next_power_of_2(C))
     tiles = triton.cdiv(M, BLOCK_M)
-    splits = max(1, min(MAX_SPLITS, tiles, 8 * sms // triton.cdiv(C, BLOCK_C)))
+    splits = max(1, min(MAX_SPLITS, tiles, programs // triton.cdiv(C, BLOCK_C)))
     # every split but the last is whole tiles, and none is empty
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))
-    return Config(BLOCK_M, BLOCK_C, 4 if BLOCK_M * BLOCK_C >= 1024 else 1, splits)
+    return Config(BLOCK_M, BLOCK_C, 4 if BLOCK_M * BLOCK_C >= 512 else 1, splits)
 
 
 @triton.jit
@@ -96,28 +103,26 @@ def _apply_kernel(
     SPREAD_IS_VAR: tl.constexpr,
     ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     y_ptr, x_ptr, residual_ptr = maps
     mean_ptr, spread_ptr, scale_ptr, bias_ptr = affine
-    M = sizes[0]
-    C = sizes[1]
+    M, C = extents(sizes, CHANNELS_LAST, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = channel_block(tl.program_id(0) % blocks_c, BLOCK_C, CHANNELS_LAST)
     m = pixel_block(tl.program_id(0) // blocks_c * BLOCK_M, BLOCK_M, CHANNELS_LAST)
-    inside = (m < M) & (c < C)
+    tile = (sizes, m, c, (m < M) & (c < C))
     mean, rstd = moments(mean_ptr, spread_ptr, c, C, eps, SPREAD_IS_VAR, ACC)
     scale = load_channels(scale_ptr, c, C, ACC, 1.0)
     bias = load_channels(bias_ptr, c, C, ACC, 0.0)
 
-    x = tl.load(x_ptr + offset(strides[1], sizes, m, c), mask=inside, other=0.0).to(ACC)
+    x = load_tile(x_ptr, strides[1], tile, ACC, CHANNELS_LAST, UNIT)
     z = (x - mean) * rstd * scale + bias
     if residual_ptr is not None:
-        at = offset(strides[2], sizes, m, c)
-        z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(ACC)
-    y = ACT(z).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offset(strides[0], sizes, m, c), y, mask=inside)
+        z += load_tile(residual_ptr, strides[2], tile, ACC, CHANNELS_LAST, UNIT)
+    store_tile(y_ptr, strides[0], tile, ACT(z), CHANNELS_LAST, UNIT)
 
 
 def apply(
@@ -132,24 +137,23 @@ def apply(
 ) -> None:
     """Write y = act(xhat * scale + bias + residual)."""
     maps = (y, x, residual)
-    sizes, strides, channels_last = geometry(
-        x.shape, *(y.stride() if t is None else t.stride() for t in maps)
-    )
-    M, C = sizes[:2]
-    config = pick(M, C, channels_last, 4096, processors(x.device))
+    view = geometry(x.shape, *(y.stride() if t is None else t.stride() for t in maps))
+    M, C = view.sizes[:2]
+    config = pick(view, x.itemsize, tile_bytes=8192)
     launch(
         _apply_kernel,
         (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_C),),
         x.device,
         maps=maps,
         affine=affine,
-        strides=strides,
-        sizes=sizes,
+        strides=view.strides,
+        sizes=view.sizes,
         eps=eps,
         ACT=ACTIVATIONS[act][0],
         SPREAD_IS_VAR=spread_is_var,
         ACC=ACC[x.dtype],
-        CHANNELS_LAST=channels_last,
+        CHANNELS_LAST=view.channels_last,
+        UNIT=view.unit,
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_C,
         num_warps=config.num_warps,
@@ -169,13 +173,13 @@ def _backward_kernel(
     SPREAD_IS_VAR: tl.constexpr,
     ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     dx_ptr, dz_ptr, dy_ptr, x_ptr, y_ptr, residual_ptr = maps
     mean_ptr, spread_ptr, scale_ptr, bias_ptr = affine
-    M = sizes[0]
-    C = sizes[1]
+    M, C = extents(sizes, CHANNELS_LAST, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     split = tl.program_id(0) // blocks_c
     c = channel_block(tl.program_id(0) % blocks_c, BLOCK_C, CHANNELS_LAST)
@@ -190,29 +194,26 @@ def _backward_kernel(
 
     for m0 in range(start, stop, BLOCK_M):
         m = pixel_block(m0, BLOCK_M, CHANNELS_LAST)
-        inside = (m < stop) & (c < C)
-        dz = tl.load(dy_ptr + offset(strides[2], sizes, m, c), mask=inside, other=0.0).to(ACC)
+        tile = (sizes, m, c, (m < stop) & (c < C))
+        dz = load_tile(dy_ptr, strides[2], tile, ACC, CHANNELS_LAST, UNIT)
         if x_ptr is not None:
-            x = tl.load(x_ptr + offset(strides[3], sizes, m, c), mask=inside, other=0.0).to(ACC)
+            x = load_tile(x_ptr, strides[3], tile, ACC, CHANNELS_LAST, UNIT)
             xhat = (x - mean) * rstd
 
         # dz = dy * act'(z): relu's from y where there is one, else with z recomputed
         if y_ptr is not None:
-            y = tl.load(y_ptr + offset(strides[4], sizes, m, c), mask=inside, other=0.0).to(ACC)
+            y = load_tile(y_ptr, strides[4], tile, ACC, CHANNELS_LAST, UNIT)
             dz *= DACT(y)
         elif x_ptr is not None:
             z = xhat * scale + bias
             if residual_ptr is not None:
-                at = offset(strides[5], sizes, m, c)
-                z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(ACC)
+                z += load_tile(residual_ptr, strides[5], tile, ACC, CHANNELS_LAST, UNIT)
             dz *= DACT(z)
 
         if dz_ptr is not None:
-            at = offset(strides[1], sizes, m, c)
-            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+            store_tile(dz_ptr, strides[1], tile, dz, CHANNELS_LAST, UNIT)
         if dx_ptr is not None:  # with statistics that are constants: dx = dz * scale * rstd
-            dx = (dz * scale * rstd).to(dx_ptr.dtype.element_ty)
-            tl.store(dx_ptr + offset(strides[0], sizes, m, c), dx, mask=inside)
+            store_tile(dx_ptr, strides[0], tile, dz * scale * rstd, CHANNELS_LAST, UNIT)
         if sums_ptr is not None:
             sum_dz += dz
             sum_dz_xhat += dz * xhat
@@ -257,11 +258,11 @@ def backward(
     """
     maps = (dx, dz, dy, x, y, residual)
     like = next(t for t in (x, y, dx, dy) if t is not None)
-    sizes, strides, channels_last = geometry(
-        dy.shape, *((like if t is None else t).stride() for t in (like, *maps))
-    )
-    M, C = sizes[:2]
-    config = pick(M, C, channels_last, 2048, processors(dy.device))
+    view = geometry(dy.shape, *((like if t is None else t).stride() for t in (like, *maps)))
+    M, C = view.sizes[:2]
+    tile_bytes = 4096 if act in ("none", "relu") else 2048  # exp and erf take registers
+    programs = 4 * processors(dy.device)
+    config = pick(view, dy.itemsize, tile_bytes=tile_bytes, programs=programs)
     tiles = triton.cdiv(M, config.BLOCK_M)
     splits = tiles if sums is None else config.splits
     scratch = None if sums is None else sums[0].new_empty(2, splits, C)
@@ -272,14 +273,15 @@ def backward(
         maps=maps,
         sums_ptr=scratch,
         affine=affine,
-        strides=strides[1:],
-        sizes=sizes,
+        strides=view.strides[1:],
+        sizes=view.sizes,
         split_m=triton.cdiv(tiles, splits) * config.BLOCK_M,
         eps=eps,
         DACT=ACTIVATIONS[act][1],
         SPREAD_IS_VAR=spread_is_var,
         ACC=ACC[dy.dtype],
-        CHANNELS_LAST=channels_last,
+        CHANNELS_LAST=view.channels_last,
+        UNIT=view.unit,
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_C,
         num_warps=config.num_warps,

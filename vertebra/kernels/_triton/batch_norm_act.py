@@ -23,13 +23,17 @@ from ._affine import ACC, pick
 from ._launch import launch
 from ._tile import (
     channel_block,
+    extents,
     geometry,
     load_channels,
-    offset,
+    load_tile,
     over_pixels,
     pixel_block,
     processors,
+    store_tile,
 )
+
+REGISTERS = {"_moments_kernel": 64}  # 8 programs at once: see _affine
 
 
 @triton.jit
@@ -42,11 +46,11 @@ def _moments_kernel(
     split_m,
     ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    M = sizes[0]
-    C = sizes[1]
+    M, C = extents(sizes, CHANNELS_LAST, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     split = tl.program_id(0) // blocks_c
     c = channel_block(tl.program_id(0) % blocks_c, BLOCK_C, CHANNELS_LAST)
@@ -59,9 +63,8 @@ def _moments_kernel(
     seen = 0
     for m0 in range(start, stop, BLOCK_M):
         m = pixel_block(m0, BLOCK_M, CHANNELS_LAST)
-        x = tl.load(x_ptr + offset(stride, sizes, m, c), mask=(m < stop) & (c < C), other=0.0).to(
-            ACC
-        )
+        tile = (sizes, m, c, (m < stop) & (c < C))
+        x = load_tile(x_ptr, stride, tile, ACC, CHANNELS_LAST, UNIT)
         seen += 1
         delta = tl.where(m < stop, x - mean, 0.0)  # a lane past the end learns nothing
         mean += delta * (1.0 / seen)
@@ -126,9 +129,11 @@ def forward(
 ) -> None:
     """Write (y, mean, rstd, new_mean, new_var)."""
     y, mean, rstd, new_mean, new_var = outputs
-    sizes, (stride,), channels_last = geometry(x.shape, x.stride())
-    M, C = sizes[:2]
-    BLOCK_M, BLOCK_C, num_warps, splits = pick(M, C, channels_last, 2048, processors(x.device))
+    view = geometry(x.shape, x.stride())
+    M, C = view.sizes[:2]
+    programs = 8 * processors(x.device)
+    config = pick(view, x.itemsize, tile_bytes=4096, programs=programs)
+    BLOCK_M, BLOCK_C, num_warps, splits = config
     split_m = triton.cdiv(triton.cdiv(M, BLOCK_M), splits) * BLOCK_M
     means, m2s = mean.new_empty(2, splits, C)
     launch(
@@ -138,11 +143,12 @@ def forward(
         x_ptr=x,
         means_ptr=means,
         m2s_ptr=m2s,
-        stride=stride,
-        sizes=sizes,
+        stride=view.strides[0],
+        sizes=view.sizes,
         split_m=split_m,
         ACC=ACC[x.dtype],
-        CHANNELS_LAST=channels_last,
+        CHANNELS_LAST=view.channels_last,
+        UNIT=view.unit,
         BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C,
         num_warps=num_warps,
@@ -165,7 +171,7 @@ def forward(
         eps=eps,
         BLOCK_S=triton.next_power_of_2(splits),
         BLOCK_C=8,
-        num_warps=4,
+        num_warps=8,
     )
     _affine.apply(x, residual, y, (mean, rstd, weight, bias), act)
 
@@ -180,17 +186,17 @@ def _dx_kernel(
     DACT: tl.constexpr,
     ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     dx_ptr, dz_ptr, x_ptr = maps
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr = affine
-    M = sizes[0]
-    C = sizes[1]
+    M, C = extents(sizes, CHANNELS_LAST, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = channel_block(tl.program_id(0) % blocks_c, BLOCK_C, CHANNELS_LAST)
     m = pixel_block(tl.program_id(0) // blocks_c * BLOCK_M, BLOCK_M, CHANNELS_LAST)
-    inside = (m < M) & (c < C)
+    tile = (sizes, m, c, (m < M) & (c < C))
     mean = load_channels(mean_ptr, c, C, ACC, 0.0)
     rstd = load_channels(rstd_ptr, c, C, ACC, 1.0)
     weight = load_channels(weight_ptr, c, C, ACC, 1.0)
@@ -198,14 +204,13 @@ def _dx_kernel(
     dweight = load_channels(sums[0], c, C, ACC, 0.0) / M
     dbias = load_channels(sums[1], c, C, ACC, 0.0) / M
 
-    x = tl.load(x_ptr + offset(strides[2], sizes, m, c), mask=inside, other=0.0).to(ACC)
-    dz = tl.load(dz_ptr + offset(strides[1], sizes, m, c), mask=inside, other=0.0).to(ACC)
+    x = load_tile(x_ptr, strides[2], tile, ACC, CHANNELS_LAST, UNIT)
+    dz = load_tile(dz_ptr, strides[1], tile, ACC, CHANNELS_LAST, UNIT)
     xhat = (x - mean) * rstd
     dz *= DACT(xhat * weight + bias)
     # dx = weight * rstd * (dz - E[dz] - xhat * E[dz * xhat])
     dx = weight * rstd * (dz - dbias - xhat * dweight)
-    at = offset(strides[0], sizes, m, c)
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    store_tile(dx_ptr, strides[0], tile, dx, CHANNELS_LAST, UNIT)
 
 
 def backward(
@@ -230,9 +235,9 @@ def backward(
     _affine.backward(dy, x, y, residual, affine, act, dz=dz, dx=None, sums=sums)
 
     maps = (dx, dy if dz is None else dz, x)
-    sizes, strides, channels_last = geometry(x.shape, *(t.stride() for t in maps))
-    M, C = sizes[:2]
-    config = pick(M, C, channels_last, 4096, processors(x.device))
+    view = geometry(x.shape, *(t.stride() for t in maps))
+    M, C = view.sizes[:2]
+    config = pick(view, x.itemsize, tile_bytes=8192)
     launch(
         _dx_kernel,
         (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(C, config.BLOCK_C),),
@@ -240,11 +245,12 @@ def backward(
         maps=maps,
         affine=affine,
         sums=sums,
-        strides=strides,
-        sizes=sizes,
+        strides=view.strides,
+        sizes=view.sizes,
         DACT=ACTIVATIONS[act if dz is None else "none"][1],
         ACC=ACC[x.dtype],
-        CHANNELS_LAST=channels_last,
+        CHANNELS_LAST=view.channels_last,
+        UNIT=view.unit,
         BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_C,
         num_warps=config.num_warps,

@@ -1,0 +1,217 @@
+"""The compile gate sees: what it must refuse is planted here, and refused."""
+
+import functools
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vertebra.kernels import _triton
+from vertebra.kernels._triton import _aot
+from vertebra.kernels._triton._launch import Launch
+from vertebra.testing import aot
+from vertebra.testing.cases import Case
+
+pytestmark = pytest.mark.aot
+
+
+def fresh(*command: str, interpret: str) -> subprocess.CompletedProcess[str]:
+    path = [str(Path(__file__).parent), *sys.path]
+    return subprocess.run(
+        [sys.executable, *command],
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(path), "TRITON_INTERPRET": interpret},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def compiling(test):
+    """Run a test in a fresh process where kernels are compiled, not interpreted."""
+
+    @functools.wraps(test)
+    def elsewhere() -> None:
+        code = f"import {Path(__file__).stem} as t; t.{test.__name__}.__wrapped__()"
+        done = fresh("-c", code, interpret="0")
+        assert done.returncode == 0, done.stderr
+
+    return elsewhere
+
+
+def build(kernel, target: str, *, num_warps: int = 4, **arguments) -> tuple[aot.Build, _aot.Binary]:
+    launch = Launch(kernel, (1,), {**arguments, "num_warps": num_warps})
+    binary = _aot.measure(launch, _aot.TARGETS[target])
+    return aot.Build("", target, [(launch, Case("planted", (1, 1, 1, 1)))]), binary
+
+
+def maps(count: int, *shape: int, dtype: torch.dtype = torch.float16) -> list[Tensor]:
+    return [torch.empty(shape, dtype=dtype, device="meta") for _ in range(count)]
+
+
+@triton.jit
+def _copy(y_ptr, x_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _copy_any(y_ptr, x_ptr, n, BLOCK: tl.constexpr):  # the mask may end anywhere
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def _normalise(y_ptr, x_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i).to(tl.float32)
+    tl.store(y_ptr + i, (x / tl.sum(x, axis=0)).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _multiply(c_ptr, a_ptr, b_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    i = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    product = tl.dot(tl.load(a_ptr + i), tl.load(b_ptr + i), input_precision=PRECISION)
+    tl.store(c_ptr + i, product.to(c_ptr.dtype.element_ty))
+
+
+@compiling
+def test_narrow_accesses_are_refused() -> None:
+    y, x = maps(2, 1, 1, 64, 64)
+    for target in ("sm_90", "gfx942"):
+        good = build(_copy, target, y_ptr=y, x_ptr=x, n=4096, BLOCK=2048)
+        assert aot.failures(*good) == []
+        assert good[1].loads == {"x_ptr": 128}
+        assert good[1].stores == {"y_ptr": 128}
+        bad = build(_copy_any, target, y_ptr=y, x_ptr=x, n=4096, BLOCK=2048)
+        assert aot.failures(*bad) == [
+            "loads x_ptr, stores y_ptr 16 bits at a time, memory allows 128"
+        ]
+        odd = build(_copy, target, y_ptr=y[..., 1:], x_ptr=x[..., 1:], n=4032, BLOCK=2048)
+        assert aot.failures(*odd) == []  # nothing better is possible at odd addresses
+        assert odd[1].loads == {"x_ptr": 16}
+
+
+@compiling
+def test_spills_are_refused() -> None:
+    y, x = maps(2, 1, 1, 128, 128)
+    for target in ("sm_80", "sm_90"):
+        built, binary = build(_normalise, target, y_ptr=y, x_ptr=x, BLOCK=16384, num_warps=1)
+        assert binary.stack > 0
+        assert binary.spills > 0
+        assert aot.failures(built, binary)[0].startswith("spills: ")
+
+
+@compiling
+def test_resources_past_their_limit_are_refused() -> None:
+    y, x = maps(2, 1, 1, 64, 64)
+    built, binary = build(_copy, "sm_90", y_ptr=y, x_ptr=x, n=4096, BLOCK=2048)
+    greedy = binary._replace(shared=1 << 20, widest_store=32, serialized=True)
+    with patch.object(sys.modules[_copy.__module__], "REGISTERS", {"_copy": 8}, create=True):
+        assert aot.failures(built, greedy) == [
+            f"{1 << 20} bytes of shared memory, of {227 << 10}",
+            f"{binary.registers} registers, of 8",
+            "stores at most 32 bits at a time in the final code: not {'y_ptr': 128}",
+            "ptxas has serialized its wgmmas",
+        ]
+
+
+@compiling
+def test_dots_must_be_on_tensor_cores() -> None:
+    for target in _aot.TARGETS:
+        c, a, b = maps(3, 64, 64)
+        built, binary = build(
+            _multiply, target, c_ptr=c, a_ptr=a, b_ptr=b, SIZE=64, PRECISION="ieee"
+        )
+        assert binary.dots == 1
+        assert binary.matrix > 0
+        assert aot.failures(built, binary) == []
+        (failure,) = aot.failures(built, binary._replace(matrix=0))
+        assert failure.startswith("1 dots and no matrix instruction")
+    c, a, b = maps(3, 64, 64, dtype=torch.float32)
+    for precision, dots in (("tf32", 1), ("ieee", 0)):
+        _, binary = build(
+            _multiply, "sm_90", c_ptr=c, a_ptr=a, b_ptr=b, SIZE=64, PRECISION=precision
+        )
+        assert binary.dots == dots
+
+
+def _real(value):
+    """Put memory under meta tensors, of the same shapes, strides and offsets."""
+    if isinstance(value, tuple):
+        return tuple(map(_real, value))
+    if not isinstance(value, Tensor):
+        return value
+    storage = torch.empty(value.untyped_storage().nbytes() // value.itemsize, dtype=value.dtype)
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+@compiling
+def test_a_launch_is_specialised_as_by_the_jit() -> None:
+    from triton.runtime.driver import driver
+
+    for name in ("sm_90", "gfx942"):
+        target = _aot.TARGETS[name]
+        device = SimpleNamespace(
+            get_current_target=lambda gpu=target.gpu: gpu,
+            get_current_device=lambda name=name: name,
+            get_current_stream=lambda _: 0,
+        )
+        driver.set_active(device)
+        for op in ("scale_bias_act", "batch_norm_act"):
+            for layout in ("nhwc", "sliced"):
+                for launch in aot.launches(Case(op, (2, 24, 1, 16), torch.bfloat16, layout)):
+                    jitted = []
+                    kernel = launch.kernel
+                    kernel.device_caches[name]  # creates what the next line replaces
+                    kernel.compile = lambda source, target, options, to=jitted: to.append(
+                        (source.hash(), source.signature, source.constants, source.attrs, options)
+                    )
+                    arguments = {k: _real(v) for k, v in launch.arguments.items()}
+                    kernel.run(grid=launch.grid, warmup=True, **arguments)
+                    source, options = _aot.specialise(launch, target)
+                    ours = (source.hash(), source.signature, source.constants, source.attrs)
+                    assert jitted == [(*ours, vars(options))]
+                    kernel.device_caches.clear()
+
+
+@compiling
+def test_every_kernel_is_compiled() -> None:
+    modules = [
+        importlib.import_module(f"{_triton.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(_triton.__path__)
+    ]
+    kernels = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
+    compiled = aot.builds(["sm_90"], aot.declared())
+    assert kernels == {build.launch.kernel.__name__ for build in compiled}
+
+
+@compiling
+def test_the_command_judges_and_a_second_run_compiles_nothing() -> None:
+    with TemporaryDirectory() as cache:
+        command = ["--targets", "sm_90", "--filter", "_apply_kernel _none", "--cache", cache]
+        assert aot.main(command) == 0
+        with patch.object(aot, "ProcessPoolExecutor", None):
+            assert aot.main([*command, "-v"]) == 0
+            with patch.object(aot, "failures", lambda *_: ["planted"]):
+                assert aot.main(command) == 1
+
+
+def test_the_command_refuses_the_interpreter() -> None:
+    done = fresh("-m", "vertebra.testing.aot", interpret="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
