@@ -17,7 +17,7 @@ bench: $(READY)  ## check every answer, then measure: eager, torch.compile, vert
 	$(BIN)/python -m vertebra bench
 
 test: aot  ## the kernels' compile gate, then the tests and the examples in docstrings
-	$(BIN)/python -m pytest -n auto --doctest-modules tests vertebra/kernels vertebra/nn
+	$(BIN)/python -m pytest -n auto --doctest-modules tests vertebra/kernels vertebra/nn vertebra/models vertebra/_explain.py
 
 check: $(READY)  ## lint, format, types, and the bans of .pre-commit-config.yaml
 	$(BIN)/ruff check .

@@ -1,8 +1,20 @@
 """The fastest, most trustworthy CNN backbones in PyTorch."""
 
-from . import kernels, nn
+from . import kernels, models, nn
+from ._explain import explain
 from .kernels import backend
+from .models import create_model, list_models, register_model
 
-__all__ = ["__version__", "backend", "kernels", "nn"]
+__all__ = [
+    "__version__",
+    "backend",
+    "create_model",
+    "explain",
+    "kernels",
+    "list_models",
+    "models",
+    "nn",
+    "register_model",
+]
 
 __version__ = "0.1.0"

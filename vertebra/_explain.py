@@ -52,11 +52,12 @@ def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> E
     default that of a large copy measured here and now. Buffers and random state are as before
     afterwards, and the model stays in the mode it is in.
 
-    >>> import vertebra
-    >>> print(explain(vertebra.nn.BatchNormAct2d(4), torch.randn(2, 4, 8, 8), bandwidth=1e9))
+    >>> from vertebra import backend
+    >>> from vertebra.nn import BatchNormAct2d
+    >>> with backend("eager"):
+    ...     print(explain(BatchNormAct2d(4), torch.randn(2, 4, 8, 8), bandwidth=1e9))
     module  op              path   MB    floor us  reason
-            batch_norm_act  eager  0.01  6.1       device cpu (Triton needs a GPU, or
-            TRITON_INTERPRET=1 on the CPU)
+            batch_norm_act  eager  0.01  6.1       backend is set to eager
     0 of 1 sites on Triton; floor 6.1 us in all
     """
     bandwidth = copy_bandwidth(x.device) if bandwidth is None else bandwidth

@@ -201,6 +201,17 @@ def test_modules_copy_and_pickle(device) -> None:
             assert torch.equal(other(x), module(x))
 
 
+def test_fx_traces_the_counter_too() -> None:
+    norm = randomised(BatchNormAct2d(8))
+    norm.num_batches_tracked.zero_()
+    traced = torch.fx.symbolic_trace(norm)
+    traced.graph.eliminate_dead_code()
+    assert norm.num_batches_tracked == 0
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(traced(x), copy.deepcopy(norm)(x))
+    assert traced.num_batches_tracked == 1
+
+
 def test_norm_is_still_torchs() -> None:
     """Freezing, weight decay and SyncBN tools dispatch on these."""
     assert isinstance(BatchNormAct2d(8), nn.BatchNorm2d)

@@ -1,12 +1,23 @@
 """Modules over the ops: timm's signatures and `state_dict` keys; norms subclass torch's."""
 
-from .conv_norm_act import ConvNormAct
-from .norm_act import BatchNormAct2d, FrozenBatchNormAct2d, create_norm_act, norm_act
+from ._act import ActLayer, create_act
+from .conv_norm_act import ConvNormAct, create_conv2d
+from .norm_act import (
+    BatchNormAct2d,
+    FrozenBatchNormAct2d,
+    NormLayer,
+    create_norm_act,
+    norm_act,
+)
 
 __all__ = [
+    "ActLayer",
     "BatchNormAct2d",
     "ConvNormAct",
     "FrozenBatchNormAct2d",
+    "NormLayer",
+    "create_act",
+    "create_conv2d",
     "create_norm_act",
     "norm_act",
 ]

@@ -18,6 +18,13 @@ NormLayer = Callable[..., nn.Module]
 # for torch.fx these are leaves: they look at shapes, which a proxy does not have
 torch.fx.wrap("batch_norm_act")
 torch.fx.wrap("scale_bias_act")
+torch.fx.wrap("_counted")
+
+
+def _counted(y: Tensor, counter: Tensor) -> Tensor:
+    """Count a batch, when `y` is computed and not when it is traced."""
+    counter.add_(1)
+    return y
 
 
 class _FusesAct:
@@ -115,9 +122,7 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
             momentum=momentum,
             eps=self.eps,
         )
-        if counter is not None:
-            counter.add_(1)
-        return y
+        return y if counter is None else _counted(y, counter)
 
 
 class FrozenBatchNormAct2d(_FusesAct, nn.Module):

@@ -1,0 +1,95 @@
+"""The registry: every model under the name torchvision or timm gives it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from ._weights import Source
+
+Builder = Callable[..., nn.Module]
+B = TypeVar("B", bound=Builder)
+C = TypeVar("C", bound="DataclassInstance")
+
+_builders: dict[str, Builder] = {}
+
+
+def register_model(builder: B, *, name: str | None = None) -> B:
+    """Make a builder reachable through `create_model`; use it as a decorator.
+
+    The builder takes the keyword arguments of `create_model` and is known by its own name, unless
+    `name` gives another (a `functools.partial` has none).
+    """
+    key: str = name or getattr(builder, "__name__", "")
+    if not key:
+        raise ValueError(f"a builder without a name needs name=...; got {builder!r}")
+    if key in _builders:
+        raise ValueError(f"model {key!r} is registered already; choose another name")
+    _builders[key] = builder
+    return builder
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the sorted names that match a shell pattern.
+
+    >>> list_models("wide_*")
+    ['wide_resnet101_2', 'wide_resnet50_2']
+    """
+    return sorted(name for name in _builders if fnmatchcase(name, pattern))
+
+
+def create_model(
+    name: str,
+    *,
+    weights: Source | None = None,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    output_stride: int = 32,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: one of `list_models()`.
+        weights: what `load_weights` takes: a path or a state dict; None for random weights.
+        num_classes: outputs of the classifier; 0 for none.
+        in_chans: channels of the image; a checkpoint for three is adapted.
+        output_stride: 32, or 16 or 8 to trade the last strides for dilation.
+        overrides: any other field of the family's config, by our, timm's or transformers' name.
+
+    >>> create_model("resnet18", num_classes=10).fc
+    Linear(in_features=512, out_features=10, bias=True)
+    """
+    if name not in _builders:
+        close = difflib.get_close_matches(name, _builders, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "list_models() has them all"
+        raise KeyError(f"no model is called {name!r}; {hint}")
+    return _builders[name](
+        weights=weights,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        output_stride=output_stride,
+        **overrides,
+    )
+
+
+def override(config: C, overrides: Mapping[str, Any], synonyms: Mapping[str, str]) -> C:
+    """Return `config` with some fields replaced, each by its own name or by a peer's."""
+    fields = sorted(field.name for field in dataclasses.fields(config))
+    changes: dict[str, Any] = {}
+    for given, value in overrides.items():
+        field = synonyms.get(given, given)
+        if field not in fields:
+            raise TypeError(f"unknown option {given!r}; the options are {', '.join(fields)}")
+        if field in changes:
+            raise TypeError(f"option {field!r} is given twice, once as a synonym")
+        changes[field] = value
+    return dataclasses.replace(config, **changes)

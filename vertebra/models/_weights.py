@@ -1,0 +1,188 @@
+"""Loading of weights: read, unwrap, fit to the model, check every key, and only then copy.
+
+A checkpoint has the keys of the model itself; for a ResNet they are torchvision's and timm's alike.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ._registry import create_model, list_models
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+_WRAPPERS = ("state_dict", "model", "model_ema")  # what training scripts file the weights under
+_COUNTER = "num_batches_tracked"  # old checkpoints and frozen norms do without
+_SHOWN = 5
+
+
+def load_weights(model: nn.Module, source: Source, *, keep_classifier: bool = False) -> None:
+    """Load a checkpoint into `model`, completely or not at all.
+
+    Args:
+        model: built by `create_model` or a builder of this package.
+        source: a `.safetensors` file, a file of `torch.save` (read with `weights_only=True`), or a
+            state dict. The weights may lie under "state_dict", "model" or "model_ema", and their
+            names may carry the prefixes of DDP and `torch.compile`.
+        keep_classifier: leave the model's classifier as it is and load the rest. A model built with
+            `num_classes=0` has none and takes the rest anyway.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else, or weights that do not fit; the model is then
+            unchanged. A stem for RGB images is adapted to the model's `in_chans`.
+    """
+    own = model.state_dict()
+    if any(value.is_meta for value in own.values()):
+        raise ValueError(
+            "the model must have memory to copy weights into, and it is on the meta device; "
+            "call model.to_empty(device=...) first"
+        )
+    weights = _unwrap(source if isinstance(source, Mapping) else _read(Path(source).expanduser()))
+    classifier, has_classifier = _classifier(model)
+    if keep_classifier or not has_classifier:
+        weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
+        weights |= {key: value for key, value in own.items() if key.startswith(classifier)}
+    stem = _stem(model)
+    if stem in weights:
+        weights[stem] = _adapt_stem(weights[stem], own[stem].shape[1])
+    differences = _differences(own, weights)
+    if differences:
+        raise ValueError(_explain(differences, classifier, weights))
+    model.load_state_dict({key: weights.get(key, value) for key, value in own.items()})
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: there is no file {path}")
+    try:
+        content = _load(path)
+    except (ImportError, MemoryError, OSError):
+        raise
+    except Exception as error:  # every reader has its own for a file it cannot make sense of
+        raise ValueError(
+            f"{path} must be a safetensors file, or hold a state dict of tensors and nothing else; "
+            f"save it again with torch.save(model.state_dict(), path). The reader says: {error}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a state dict; got {type(content).__name__}")
+    return cast("Mapping[str, Any]", content)
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # not needed for anything else
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights themselves, under the names of the bare model."""
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            return _unwrap(content[wrapper])
+    weights: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"weights must be tensors, got {type(value).__name__} under {key!r}; pass a state "
+                f"dict, alone or under one of {', '.join(_WRAPPERS)}"
+            )
+        key = key.replace("_orig_mod.", "")
+        while key.startswith("module."):
+            key = key.removeprefix("module.")
+        weights[key] = value
+    weights.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
+    return weights
+
+
+def _classifier(model: nn.Module) -> tuple[str, bool]:
+    """Return the prefix of the classifier's keys, and whether there is a classifier."""
+    classifier = cast("Any", model).get_classifier()
+    name = next(name for name, module in model.named_modules() if module is classifier)
+    return f"{name}.", not isinstance(classifier, nn.Identity)
+
+
+def _stem(model: nn.Module) -> str:
+    """Return the key of the weight that reads the image."""
+    convs = (name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return f"{next(convs)}.weight"
+
+
+def _adapt_stem(weight: Tensor, channels: int) -> Tensor:
+    """Fit the weight of a stem to another number of image channels, by timm's rule.
+
+    One channel gets the sum over all. More get those of RGB in turn, scaled to keep the sum's size.
+    """
+    if weight.dim() != 4 or weight.shape[1] == channels:
+        return weight
+    if channels == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    if weight.shape[1] != 3:
+        return weight
+    repeated = weight.float().repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels]
+    return (repeated * (3 / channels)).to(weight.dtype)
+
+
+def _differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return what keeps `weights` from being copied over `own`, by key."""
+    differences: dict[str, str] = {}
+    for key in {**own, **weights}:
+        if key.endswith(_COUNTER) and not (key in own and key in weights):
+            continue
+        ours, theirs = (_describe(values.get(key)) for values in (own, weights))
+        if ours != theirs:
+            differences[key] = f"{theirs}, the model has {ours}"
+    return differences
+
+
+def _describe(value: Tensor | None) -> str:
+    if value is None:
+        return "nothing"
+    kind = "floats" if value.is_floating_point() else "integers"
+    return f"{kind} of shape {tuple(value.shape)}"
+
+
+def _explain(differences: Mapping[str, str], classifier: str, weights: Mapping[str, Tensor]) -> str:
+    shown = [f"  {key}: {what}" for key, what in list(differences.items())[:_SHOWN]]
+    if len(differences) > _SHOWN:
+        shown.append(f"  and {len(differences) - _SHOWN} more")
+    if all(key.startswith(classifier) for key in differences):
+        hint = (
+            "Only the classifier differs: create the model with the num_classes of the weights and "
+            "then call reset_classifier, or use load_weights(..., keep_classifier=True)"
+        )
+    elif names := _fitting_models(weights):
+        hint = f"They fit {' or '.join(names)}, with their own in_chans and num_classes"
+    else:
+        hint = "They fit no registered model"
+    return "\n".join(["these weights do not fit the model:", *shown, f"{hint}."])
+
+
+def _fitting_models(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the models that have these weights, but for image channels and classes."""
+    names: list[str] = []
+    for name in list_models():
+        with suppress(Exception):  # a hint never hides the error it is for
+            own, stem, classifier = _layout(name)
+            if all(key == stem or key.startswith(classifier) for key in _differences(own, weights)):
+                names.append(name)
+    return names
+
+
+@cache
+def _layout(name: str) -> tuple[dict[str, Tensor], str, str]:
+    """Return the state dict of a model, without memory, and its keys for stem and classifier."""
+    with torch.device("meta"):
+        model = create_model(name)
+    return model.state_dict(), _stem(model), _classifier(model)[0]

@@ -1,0 +1,334 @@
+"""ResNet, ResNeXt and Wide ResNet, with the options of torchvision, timm and transformers.
+
+    stem (stride 4) -> layer1, layer2, ...: residual blocks, stride 2 from layer2 on -> mean -> fc
+
+Keys, order of construction, initialisation and arithmetic are torchvision's: a checkpoint or a seed
+gives the same bits here and there. A norm, its residual and its activation run as one op.
+
+He et al. 2015 (arXiv:1512.03385), Xie et al. 2016 (arXiv:1611.05431), Zagoruyko & Komodakis 2016
+(arXiv:1605.07146); deep stems and average-pooled shortcuts: He et al. 2018 (arXiv:1812.01187).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import create_act, create_conv2d, create_norm_act, norm_act
+from ._registry import list_models, override, register_model
+from ._resnet_config import CONFIGS, SYNONYMS, ResNetConfig, Stage
+from ._weights import Source, load_weights
+
+
+def _norm(config: ResNetConfig, channels: int, apply_act: bool = True) -> nn.Module:
+    return create_norm_act(config.norm_layer, channels, config.act_layer, apply_act=apply_act)
+
+
+class BasicBlock(nn.Module):
+    """`act(norm(conv3x3(act(norm(conv3x3(x))))) + shortcut(x))`, with the stride in the first."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        config: ResNetConfig,
+        in_channels: int,
+        out_channels: int,
+        downsample: nn.Module | None = None,
+        stride: int = 1,
+        first_dilation: int = 1,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        width, _ = config.widths(out_channels)
+        self.conv1 = create_conv2d(
+            *(in_channels, width, 3), stride=stride, dilation=first_dilation, bias=False
+        )
+        self.bn1 = _norm(config, width)
+        self.relu = create_act(config.act_layer)  # for norms that do not bring their own
+        self.conv2 = create_conv2d(width, out_channels, 3, dilation=dilation, bias=False)
+        self.bn2 = _norm(config, out_channels)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_act(self.bn1, self.conv1(x), self.relu)
+        y = self.conv2(y)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return norm_act(self.bn2, y, self.relu, shortcut)
+
+
+class Bottleneck(nn.Module):
+    """`BasicBlock` of a narrowing 1x1, a 3x3 with stride and groups, and a widening 1x1."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        config: ResNetConfig,
+        in_channels: int,
+        out_channels: int,
+        downsample: nn.Module | None = None,
+        stride: int = 1,
+        first_dilation: int = 1,
+        dilation: int = 1,  # of a second 3x3, which a bottleneck lacks
+    ) -> None:
+        super().__init__()
+        reduced, width = config.widths(out_channels)
+        stride1, stride2 = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
+        self.conv1 = create_conv2d(in_channels, reduced, 1, stride=stride1, bias=False)
+        self.bn1 = _norm(config, reduced)
+        self.conv2 = create_conv2d(
+            *(reduced, width, 3),
+            stride=stride2,
+            dilation=first_dilation,
+            groups=config.groups,
+            bias=False,
+        )
+        self.bn2 = _norm(config, width)
+        self.conv3 = create_conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = _norm(config, out_channels)
+        self.relu = create_act(config.act_layer)  # for norms that do not bring their own
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_act(self.bn1, self.conv1(x), self.relu)
+        y = norm_act(self.bn2, self.conv2(y), self.relu)
+        y = self.conv3(y)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return norm_act(self.bn3, y, self.relu, shortcut)
+
+
+class _ConvNormActs(nn.Sequential):
+    """Convolution, norm, activation, again and again, or ending in a convolution: timm's keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(0, len(self), 3):
+            x = self[i](x)
+            if i + 1 < len(self):
+                x = norm_act(self[i + 1], x, self[i + 2])
+        return x
+
+
+def _stem_conv(config: ResNetConfig) -> nn.Module:
+    if not config.stem_type:
+        return create_conv2d(config.in_chans, config.stem_channels, 7, stride=2, bias=False)
+    width = config.stem_width
+    first = 3 * (width // 4) if config.stem_type == "deep_tiered" else width
+    return _ConvNormActs(
+        create_conv2d(config.in_chans, first, 3, stride=2, bias=False),
+        _norm(config, first),
+        create_act(config.act_layer),
+        create_conv2d(first, width, 3, bias=False),
+        _norm(config, width),
+        create_act(config.act_layer),
+        create_conv2d(width, config.stem_channels, 3, bias=False),
+    )
+
+
+def _stem_pool(config: ResNetConfig) -> nn.Module:
+    if not config.replace_stem_pool:
+        return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    channels = config.stem_channels
+    return _ConvNormActs(
+        create_conv2d(channels, channels, 3, stride=2, bias=False),
+        _norm(config, channels),
+        create_act(config.act_layer),
+    )
+
+
+def _shortcut(config: ResNetConfig, stage: Stage) -> nn.Module | None:
+    """Build the projection of a stage's first block, or None where the input fits as it is."""
+    in_channels, channels, _, stride, first_dilation, dilation = stage
+    if stride == 1 and in_channels == channels:
+        return None
+    resamples = stride > 1 or dilation > 1
+    if not config.avg_down:
+        size = config.down_kernel_size if resamples else 1
+        dilation = first_dilation if size > 1 else 1
+        conv = create_conv2d(
+            *(in_channels, channels, size), stride=stride, dilation=dilation, bias=False
+        )
+        return nn.Sequential(conv, _norm(config, channels, apply_act=False))
+    if stride > 1:
+        pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
+    elif resamples:  # keeps the size; as in timm, the zeros of the padding count
+        pool = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
+    else:
+        pool = nn.Identity()
+    conv = create_conv2d(in_channels, channels, 1, bias=False)
+    return nn.Sequential(pool, conv, _norm(config, channels, apply_act=False))
+
+
+def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
+    block = BasicBlock if config.block == "basic" else Bottleneck
+    in_channels, channels, depth, stride, first_dilation, dilation = stage
+    shortcut = _shortcut(config, stage)
+    first = block(config, in_channels, channels, shortcut, stride, first_dilation, dilation)
+    others = (
+        block(config, channels, channels, None, 1, dilation, dilation) for _ in range(depth - 1)
+    )
+    return nn.Sequential(first, *others)
+
+
+def _check_image(x: Tensor, channels: int | None) -> None:
+    if x.dim() != 4 or channels not in (None, x.shape[1]):
+        raise ValueError(
+            f"a ResNet takes images of shape (N, {channels or 'C'}, H, W), got {tuple(x.shape)}; "
+            "add the batch with x[None], or build the model with in_chans=<channels of the image>"
+        )
+
+
+torch.fx.wrap("_check_image")  # a leaf: it looks at a shape, which a proxy does not have
+
+
+class ResNet(nn.Module):
+    """The network that a `ResNetConfig` describes.
+
+    Attributes:
+        config: what it was built from.
+        num_classes: outputs of the classifier; 0 for none.
+        num_features: channels of the last feature map.
+
+    >>> model = ResNet(ResNetConfig("basic", layers=(1, 1), num_classes=5))
+    >>> model(torch.randn(2, 3, 33, 47)).shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.num_features = config.channels[-1]
+        self.drop_rate = config.drop_rate
+        self.conv1 = _stem_conv(config)
+        self.bn1 = _norm(config, config.stem_channels)
+        self.relu = create_act(config.act_layer)  # for a norm that does not bring its own
+        self.maxpool = _stem_pool(config)
+        self.stage_names = tuple(f"layer{i + 1}" for i in range(len(config.layers)))
+        for name, stage in zip(self.stage_names, config.stages(), strict=True):
+            self.add_module(name, _make_stage(config, stage))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = self._make_classifier()
+        self._init_weights()
+
+    def _make_classifier(self) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if self.config.zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, (BasicBlock, Bottleneck)):
+                    last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
+                    weight = getattr(last, "weight", None)
+                    if weight is not None:
+                        nn.init.zeros_(weight)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, (N, num_features, ceil(H / 32), ceil(W / 32))."""
+        stem = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
+        _check_image(x, stem.weight.shape[1] if isinstance(stem, nn.Conv2d) else None)
+        x = norm_act(self.bn1, self.conv1(x), self.relu)
+        x = self.maxpool(x)
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits of a feature map, or with `pre_logits` what the classifier reads."""
+        x = self.avgpool(x).flatten(1)
+        if self.drop_rate:
+            x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier, `nn.Identity` where there is none."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new classifier in place of the present one; 0 for none."""
+        self.config = replace(self.config, num_classes=num_classes)
+        self.num_classes = num_classes
+        like = next(self.parameters())
+        self.fc = self._make_classifier().to(like.device, like.dtype).train(self.training)
+
+
+def _build(name: str, *, weights: Source | None = None, **overrides: Any) -> ResNet:
+    model = ResNet(override(CONFIGS[name], overrides, SYNONYMS))
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+@register_model
+def resnet18(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build ResNet-18; `overrides` are fields of `ResNetConfig`."""
+    return _build("resnet18", weights=weights, **overrides)
+
+
+@register_model
+def resnet34(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build ResNet-34; `overrides` are fields of `ResNetConfig`."""
+    return _build("resnet34", weights=weights, **overrides)
+
+
+@register_model
+def resnet50(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build ResNet-50; `overrides` are fields of `ResNetConfig`."""
+    return _build("resnet50", weights=weights, **overrides)
+
+
+@register_model
+def resnet101(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build ResNet-101; `overrides` are fields of `ResNetConfig`."""
+    return _build("resnet101", weights=weights, **overrides)
+
+
+@register_model
+def resnet152(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build ResNet-152; `overrides` are fields of `ResNetConfig`."""
+    return _build("resnet152", weights=weights, **overrides)
+
+
+@register_model
+def resnext50_32x4d(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build ResNeXt-50 32x4d; `overrides` are fields of `ResNetConfig`."""
+    return _build("resnext50_32x4d", weights=weights, **overrides)
+
+
+@register_model
+def resnext101_32x8d(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build ResNeXt-101 32x8d; `overrides` are fields of `ResNetConfig`."""
+    return _build("resnext101_32x8d", weights=weights, **overrides)
+
+
+@register_model
+def resnext101_64x4d(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build ResNeXt-101 64x4d; `overrides` are fields of `ResNetConfig`."""
+    return _build("resnext101_64x4d", weights=weights, **overrides)
+
+
+@register_model
+def wide_resnet50_2(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build Wide ResNet-50-2; `overrides` are fields of `ResNetConfig`."""
+    return _build("wide_resnet50_2", weights=weights, **overrides)
+
+
+@register_model
+def wide_resnet101_2(*, weights: Source | None = None, **overrides: Any) -> ResNet:
+    """Build Wide ResNet-101-2; `overrides` are fields of `ResNetConfig`."""
+    return _build("wide_resnet101_2", weights=weights, **overrides)
+
+
+for _name in CONFIGS.keys() - list_models():  # timm's, which have no function of their own
+    register_model(partial(_build, _name), name=_name)
