@@ -103,9 +103,7 @@ def _outputs(
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    act: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, rstd = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
@@ -161,21 +159,9 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-        act: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd, new_mean, new_var = _forward(
-            x, weight, bias, residual, running_mean, running_var, momentum, eps, act
-        )
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, bias, residual, *_, act = args
+        y, mean, rstd, new_mean, new_var = _forward(*args)
         # beside x: what tells act'(z) where x alone does not
         joined = residual is not None and act != "none"
         ctx.save_for_backward(
@@ -207,38 +193,23 @@ class _BatchNormAct(torch.autograd.Function):
         )
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    act: str,
-) -> Tensor:
-    args = (x, weight, bias, residual, running_mean, running_var, momentum, eps, act)
-    if wants_grad(x, weight, bias, residual):
+def _triton(*args: Any) -> Tensor:
+    if wants_grad(*args[:4]):
         y, new_mean, new_var = _BatchNormAct.apply(*args)
     else:
         y, _, _, new_mean, new_var = _forward(*args)
-    if running_mean is not None and running_var is not None:
+    if new_mean.numel():
         # the op itself mutates nothing; one multi-tensor copy publishes the new statistics
         torch._foreach_copy_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-            [running_mean, running_var], [new_mean, new_var]
+            args[4:6], [new_mean, new_var]
         )
     return y
 
 
 def _traffic(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *_: Any,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> Traffic:
-    act: str = _[-1]
+    act: str = rest[-1]
     maps = x.numel() * x.element_size()
     has_residual = residual is not None
     # with a residual: read dy, x, y, write dz; read dz, x, write dx

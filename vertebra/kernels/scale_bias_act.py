@@ -87,16 +87,7 @@ def _refuses(x: Tensor, *_: Any) -> str | None:
     return refuses_tensor(x)
 
 
-def _output(
-    x: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    act: str,
-) -> Tensor:
+def _output(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -152,18 +143,9 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 class _ScaleBiasAct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        eps: float,
-        act: str,
-    ) -> Tensor:
-        y = _forward(x, scale, bias, residual, mean, var, eps, act)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, scale, bias, residual, mean, var, eps, act = args
+        y = _forward(*args)
         keeps_x, keeps_y, keeps_residual = _saved(act, residual, ctx.needs_input_grad[1])
         ctx.save_for_backward(
             x if keeps_x else None,
@@ -206,30 +188,14 @@ def _saved(act: str, residual: Tensor | None, needs_dscale: bool) -> tuple[bool,
     return x, y, needs_input(act) and residual is not None
 
 
-def _triton(
-    x: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    act: str,
-) -> Tensor:
-    args = (x, scale, bias, residual, mean, var, eps, act)
-    return _ScaleBiasAct.apply(*args) if wants_grad(x, scale, bias, residual) else _forward(*args)
+def _triton(*args: Any) -> Tensor:
+    return _ScaleBiasAct.apply(*args) if wants_grad(*args[:4]) else _forward(*args)
 
 
 def _traffic(
-    x: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    act: str,
+    x: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> Traffic:
+    act: str = rest[-1]
     maps = x.numel() * x.element_size()
     has_residual = residual is not None
     needs_dscale = scale is not None and scale.requires_grad
