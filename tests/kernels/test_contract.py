@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vertebra.kernels import backend
+from vertebra.kernels import backend, scale_bias_act
+from vertebra.kernels._act import ACTIVATIONS
 from vertebra.testing.cases import OPS, Case, cases
 from vertebra.testing.contract import check, copied, evaluate, same_bits
 
@@ -82,3 +84,13 @@ def test_double_precision_gradients(op: str, device: torch.device) -> None:
 
             with backend("triton"):
                 assert torch.autograd.gradcheck(run, leaves, atol=1e-6, fast_mode=False)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_nan_and_infinity_pass_as_in_eager(act: str, device: torch.device) -> None:
+    """A NaN comes out where it went in, and nowhere else."""
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 2.0], device=device)
+    x = x.repeat(4).reshape(2, 2, 3, 2)
+    expected = ACTIVATIONS[act](x.double()).float()  # in fp32 eager GELU is NaN at infinity
+    with backend("triton"), np.errstate(all="ignore"):  # the interpreter computes with numpy
+        torch.testing.assert_close(scale_bias_act(x, None, None, act=act), expected, equal_nan=True)
