@@ -24,6 +24,8 @@ from vertebra.testing.cases import Case
 
 pytestmark = pytest.mark.aot
 
+PLANTED = Case("planted", (1, 1, 64, 64))
+
 
 def fresh(*command: str, interpret: str) -> subprocess.CompletedProcess[str]:
     path = [str(Path(__file__).parent), *sys.path]
@@ -51,7 +53,7 @@ def compiling(test):
 def build(kernel, target: str, *, num_warps: int = 4, **arguments) -> tuple[aot.Build, _aot.Binary]:
     launch = Launch(kernel, (1,), {**arguments, "num_warps": num_warps})
     binary = _aot.measure(launch, _aot.TARGETS[target])
-    return aot.Build("", target, [(launch, Case("planted", (1, 1, 1, 1)))]), binary
+    return aot.Build("", target, [(launch, PLANTED)]), binary
 
 
 def maps(count: int, *shape: int, dtype: torch.dtype = torch.float16) -> list[Tensor]:
@@ -94,7 +96,7 @@ def test_narrow_accesses_are_refused() -> None:
         assert good[1].stores == {"y_ptr": 128}
         bad = build(_copy_any, target, y_ptr=y, x_ptr=x, n=4096, BLOCK=2048)
         assert aot.failures(*bad) == [
-            "loads x_ptr, stores y_ptr 16 bits at a time, memory allows 128"
+            f"loads x_ptr, stores y_ptr 16 bits at a time; {PLANTED.id} allows 128"
         ]
         odd = build(_copy, target, y_ptr=y[..., 1:], x_ptr=x[..., 1:], n=4032, BLOCK=2048)
         assert aot.failures(*odd) == []  # nothing better is possible at odd addresses

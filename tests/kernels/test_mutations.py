@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from vertebra.kernels import _triton
 from vertebra.kernels._triton import _affine, _tile, batch_norm_act, scale_bias_act
@@ -24,19 +23,13 @@ APPLY = {
 }
 BACKWARD = {
     "forgets the activation": ("dz *= DACT(z)", "dz *= 1.0"),
-    "forgets rstd": ("tile, dz * scale * rstd,", "tile, dz * scale,"),
-    "sums x, not xhat": ("sum_dz_xhat += dz * xhat", "sum_dz_xhat += dz * x"),
+    "counts rstd twice": ("tile, dz * slope,", "tile, dz * slope * rstd,"),
+    "forgets the mean": ("sum_dz_deviation += dz * deviation", "sum_dz_deviation += dz * x"),
 }
 ADD_SPLITS = {
-    "loses the last split": (
-        "inside = (s < splits) & (c < C)",
-        "inside = (s < splits - 1) & (c < C)",
-    ),
+    "loses the last split": ("(s < splits)", "(s < splits - 1)"),
     "swaps the sums": ("(splits + s) * C + c", "s * C + c"),
-    "loses the last channel": (
-        "tl.store(dbias_ptr + c, tl.sum(dbias, axis=0, keep_dims=True), mask=c < C)",
-        "tl.store(dbias_ptr + c, tl.sum(dbias, axis=0, keep_dims=True), mask=c < C - 1)",
-    ),
+    "keeps only the last block of splits": ("dscale += tl.load", "dscale = tl.load"),
 }
 MOMENTS = {
     "counts every lane alike": (
@@ -47,7 +40,10 @@ MOMENTS = {
     "merges M2 without the means": ("m2 + count * (mean - merged) * (mean - merged)", "m2"),
 }
 MERGE = {
-    "weighs the last split as the others": ("tl.minimum(M - s * split_m, split_m)", "split_m"),
+    "weighs the last split as the others": (
+        "count = tl.minimum(M - s * split_m, split_m)",
+        "count = (s * 0 + split_m)",
+    ),
     "tracks the biased variance": ("m2 / (M - 1)", "m2 / M"),
     "swaps old and new": (
         "(1.0 - momentum) * old + momentum * statistic",
@@ -55,42 +51,57 @@ MERGE = {
     ),
 }
 DX = {
-    "forgets E[dz]": ("dz - dbias - xhat * dweight", "dz - xhat * dweight"),
-    "forgets the projection": ("dz - dbias - xhat * dweight", "dz - dbias"),
-    "forgets the activation": ("dz *= DACT(xhat * weight + bias)", "dz *= 1.0"),
+    "forgets E[dz]": ("dz - dbias - deviation * dweight", "dz - deviation * dweight"),
+    "forgets the projection": ("dz - dbias - deviation * dweight", "dz - dbias"),
+    "forgets the activation": ("dz *= DACT(deviation * slope + bias)", "dz *= 1.0"),
 }
 
 # two splits of two tiles, the last one ragged
-_BN = Case("batch_norm_act", (7, 24, 9, 29), act="silu", options=("affine", "stats"))
-_BN_ADD = Case("batch_norm_act", (5, 12, 9, 31), act="relu", layout="nhwc")
+_BN = Case("batch_norm_act", (3, 4, 13, 21), act="silu", options=("affine", "stats"))
 _EVAL = Case("scale_bias_act", (2, 12, 5, 7), act="silu", layout="nhwc")
+# 150 splits, more than one block of them
+_MANY = Case("batch_norm_act", (3, 4, 113, 113), layout="nhwc", options=("affine", "stats"))
 
+# the case that each kernel's mutants must fail, and the multiprocessors that set its splits
 PLANS = [
-    (_affine, "_apply_kernel", _EVAL, APPLY),
-    (_affine, "_backward_kernel", _EVAL, BACKWARD),
-    (_affine, "_add_splits_kernel", _BN_ADD, ADD_SPLITS),
-    (batch_norm_act, "_moments_kernel", _BN, MOMENTS),
-    (batch_norm_act, "_merge_kernel", _BN, MERGE),
-    (batch_norm_act, "_dx_kernel", _BN, DX),
+    (_affine, "_apply_kernel", _EVAL, 2, APPLY),
+    (_affine, "_backward_kernel", _EVAL, 2, BACKWARD),
+    (_affine, "_add_splits_kernel", _MANY, 64, ADD_SPLITS),
+    (batch_norm_act, "_moments_kernel", _BN, 1, MOMENTS),
+    (batch_norm_act, "_merge_kernel", _BN, 1, MERGE),
+    (batch_norm_act, "_dx_kernel", _BN, 1, DX),
 ]
 PARAMETERS = [
-    pytest.param(module, kernel, case, *mutation, id=f"{kernel.strip('_')}-{what}")
-    for module, kernel, case, mutations in PLANS
+    pytest.param(module, kernel, case, sms, *mutation, id=f"{kernel.strip('_')}-{what}")
+    for module, kernel, case, sms, mutations in PLANS
     for what, mutation in mutations.items()
 ]
 
 
-@pytest.mark.parametrize(("module", "kernel", "case", "old", "new"), PARAMETERS)
-def test_contract_rejects(module, kernel, case, old, new, device, tmp_path, monkeypatch):
-    for user in (_tile, _affine, batch_norm_act):  # the same splits on every device
-        monkeypatch.setattr(user, "processors", lambda device: 2)
+@pytest.fixture
+def with_sms(monkeypatch):
+    """Give every device as many multiprocessors as asked for, and so the same splits."""
+
+    def use(sms: int) -> None:
+        for user in (_tile, _affine, batch_norm_act):
+            monkeypatch.setattr(user, "processors", lambda device: sms)
+
+    return use
+
+
+@pytest.mark.parametrize(("module", "kernel", "case", "sms", "old", "new"), PARAMETERS)
+def test_contract_rejects(
+    module, kernel, case, sms, old, new, device, with_sms, tmp_path, monkeypatch
+):
+    with_sms(sms)
     _plant(module, kernel, old, new, tmp_path, monkeypatch)
     with pytest.raises(AssertionError, match=r"budget|other bits"):
         check(case, device)
 
 
-@pytest.mark.parametrize("case", [_BN, _BN_ADD, _EVAL], ids=lambda c: c.id)
-def test_contract_accepts_the_original(case: Case, device: torch.device) -> None:
+@pytest.mark.parametrize(("case", "sms"), [(_BN, 1), (_EVAL, 2), (_MANY, 64)])
+def test_contract_accepts_the_original(case: Case, sms: int, device, with_sms) -> None:
+    with_sms(sms)
     check(case, device)
 
 
@@ -100,7 +111,7 @@ def test_every_kernel_is_mutated() -> None:
         for module in (_affine, batch_norm_act, scale_bias_act)
         for name in re.findall(r"def (_\w+_kernel)\(", inspect.getsource(module))
     }
-    assert kernels == {(module.__name__, name) for module, name, _, _ in PLANS}
+    assert kernels == {(module.__name__, name) for module, name, *_ in PLANS}
     assert all(len(mutations) >= 3 for *_, mutations in PLANS)
 
 

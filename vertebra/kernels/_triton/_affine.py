@@ -62,11 +62,11 @@ class Config(NamedTuple):
 def pick(view: Geometry, itemsize: int, *, tile_bytes: int, programs: int = 1) -> Config:
     """Choose a tile of at most `tile_bytes`, and at most `programs` programs for a reduction.
 
-    Narrow accesses take an address each, and so get a smaller tile. A row of the tile is at least
+    An access takes an address, so the tile shrinks with its width. A row of the tile is at least
     64 bytes of bf16, and its far end wastes less than 1/8 where a power of two allows it.
     """
     M, C = view.sizes[:2]
-    tile = tile_bytes // itemsize // (1 if view.unit >= 4 else 4)
+    tile = tile_bytes // itemsize // max(1, min(4, 16 // (view.unit * itemsize)))
     if view.channels_last:
         BLOCK_C = min(triton.next_power_of_2(C), 128, tile)
         while BLOCK_C > 32 and triton.cdiv(C, BLOCK_C) * BLOCK_C * 7 > C * 8:
@@ -115,11 +115,11 @@ def _apply_kernel(
     m = pixel_block(tl.program_id(0) // blocks_c * BLOCK_M, BLOCK_M, CHANNELS_LAST)
     tile = (sizes, m, c, (m < M) & (c < C))
     mean, rstd = moments(mean_ptr, spread_ptr, c, C, eps, SPREAD_IS_VAR, ACC)
-    scale = load_channels(scale_ptr, c, C, ACC, 1.0)
+    slope = load_channels(scale_ptr, c, C, ACC, 1.0) * rstd
     bias = load_channels(bias_ptr, c, C, ACC, 0.0)
 
     x = load_tile(x_ptr, strides[1], tile, ACC, CHANNELS_LAST, UNIT)
-    z = (x - mean) * rstd * scale + bias
+    z = (x - mean) * slope + bias
     if residual_ptr is not None:
         z += load_tile(residual_ptr, strides[2], tile, ACC, CHANNELS_LAST, UNIT)
     store_tile(y_ptr, strides[0], tile, ACT(z), CHANNELS_LAST, UNIT)
@@ -186,11 +186,11 @@ def _backward_kernel(
     start = split * split_m
     stop = tl.minimum(start + split_m, M)
     mean, rstd = moments(mean_ptr, spread_ptr, c, C, eps, SPREAD_IS_VAR, ACC)
-    scale = load_channels(scale_ptr, c, C, ACC, 1.0)
+    slope = load_channels(scale_ptr, c, C, ACC, 1.0) * rstd
     bias = load_channels(bias_ptr, c, C, ACC, 0.0)
     TILE: tl.constexpr = (BLOCK_M, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_M)
     sum_dz = tl.zeros(TILE, ACC)
-    sum_dz_xhat = tl.zeros(TILE, ACC)
+    sum_dz_deviation = tl.zeros(TILE, ACC)
 
     for m0 in range(start, stop, BLOCK_M):
         m = pixel_block(m0, BLOCK_M, CHANNELS_LAST)
@@ -198,14 +198,14 @@ def _backward_kernel(
         dz = load_tile(dy_ptr, strides[2], tile, ACC, CHANNELS_LAST, UNIT)
         if x_ptr is not None:
             x = load_tile(x_ptr, strides[3], tile, ACC, CHANNELS_LAST, UNIT)
-            xhat = (x - mean) * rstd
+            deviation = x - mean
 
         # dz = dy * act'(z): relu's from y where there is one, else with z recomputed
         if y_ptr is not None:
             y = load_tile(y_ptr, strides[4], tile, ACC, CHANNELS_LAST, UNIT)
             dz *= DACT(y)
         elif x_ptr is not None:
-            z = xhat * scale + bias
+            z = deviation * slope + bias
             if residual_ptr is not None:
                 z += load_tile(residual_ptr, strides[5], tile, ACC, CHANNELS_LAST, UNIT)
             dz *= DACT(z)
@@ -213,26 +213,30 @@ def _backward_kernel(
         if dz_ptr is not None:
             store_tile(dz_ptr, strides[1], tile, dz, CHANNELS_LAST, UNIT)
         if dx_ptr is not None:  # with statistics that are constants: dx = dz * scale * rstd
-            store_tile(dx_ptr, strides[0], tile, dz * scale * rstd, CHANNELS_LAST, UNIT)
+            store_tile(dx_ptr, strides[0], tile, dz * slope, CHANNELS_LAST, UNIT)
         if sums_ptr is not None:
             sum_dz += dz
-            sum_dz_xhat += dz * xhat
+            sum_dz_deviation += dz * deviation
 
     if sums_ptr is not None:
         dbias_ptr = sums_ptr + tl.num_programs(0) // blocks_c * C
-        tl.store(sums_ptr + split * C + c, over_pixels(sum_dz_xhat, CHANNELS_LAST), mask=c < C)
+        sum_dz_xhat = over_pixels(sum_dz_deviation, CHANNELS_LAST) * rstd
+        tl.store(sums_ptr + split * C + c, sum_dz_xhat, mask=c < C)
         tl.store(dbias_ptr + split * C + c, over_pixels(sum_dz, CHANNELS_LAST), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _add_splits_kernel(
     sums_ptr, dscale_ptr, dbias_ptr, C, splits, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    s = tl.arange(0, BLOCK_S)[:, None]
-    inside = (s < splits) & (c < C)
-    dscale = tl.load(sums_ptr + s * C + c, mask=inside, other=0.0)
-    dbias = tl.load(sums_ptr + (splits + s) * C + c, mask=inside, other=0.0)
+    dscale = tl.zeros((BLOCK_S, BLOCK_C), sums_ptr.dtype.element_ty)
+    dbias = tl.zeros((BLOCK_S, BLOCK_C), sums_ptr.dtype.element_ty)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        inside = (s < splits) & (c < C)
+        dscale += tl.load(sums_ptr + s * C + c, mask=inside, other=0.0)
+        dbias += tl.load(sums_ptr + (splits + s) * C + c, mask=inside, other=0.0)
     tl.store(dscale_ptr + c, tl.sum(dscale, axis=0, keep_dims=True), mask=c < C)
     tl.store(dbias_ptr + c, tl.sum(dbias, axis=0, keep_dims=True), mask=c < C)
 
@@ -296,7 +300,7 @@ def backward(
             dbias_ptr=sums[1],
             C=C,
             splits=splits,
-            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_S=128,
             BLOCK_C=8,
             num_warps=4,
         )

@@ -1,12 +1,12 @@
-"""Ahead-of-time compilation: the binary a GPU would run for a captured launch, made and read without one.
+"""Ahead-of-time compilation: the binary a GPU would run for a captured launch, made without one.
 
-`specialise` passes the launch, meta tensors and all, through Triton's own binder, so that types, constants
-and alignments are those of the JIT by construction. `measure` compiles the result and reads it. Each
-fact is read where it is final and still legible:
+`specialise` passes the launch, meta tensors and all, through Triton's own binder, so that types,
+constants and alignments are those of the JIT by construction. `measure` compiles the result and
+reads each fact where it is final and still legible:
 
     registers, stack         ptxas's log; on AMD the metadata of the assembly
     spills, widest access    the disassembled binary
-    access by argument       LLVM IR: the last form in which an access knows the pointer it came from
+    access by argument       LLVM IR, the last form in which an access knows its pointer
     tensor cores             the dots of Triton's IR, the instructions of the binary
 """
 
@@ -37,7 +37,7 @@ VERSION = triton.__version__
 
 
 class Target(NamedTuple):
-    """A device family: shared memory one program may ask for, and what its matrix instructions look like."""
+    """A device family, the shared memory one program may use, its matrix instructions."""
 
     gpu: GPUTarget
     shared: int
@@ -54,7 +54,11 @@ TARGETS = {
 
 
 class Binary(NamedTuple):
-    """What one compiled launch uses; `loads` and `stores` are bits of the narrowest access, by argument."""
+    """What one compiled launch uses.
+
+    `loads` and `stores` are the bits of the narrowest access, by pointer argument; `dots` are those
+    that belong on tensor cores, `matrix` the instructions there that do them.
+    """
 
     registers: int
     stack: int
@@ -74,7 +78,7 @@ copyreg.pickle(JITFunction, lambda kernel: kernel.__qualname__)
 
 
 def specialise(launch: Launch, target: Target) -> tuple[ASTSource, Any]:
-    """Return the source and options that Triton's JIT would compile for `launch` on `target`."""
+    """Return the source and the options that Triton's JIT would compile for `launch`."""
     kernel, backend = launch.kernel, make_backend(target.gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, _ = bind(**launch.arguments)
@@ -97,13 +101,13 @@ def _own_text() -> str:
 
 
 def register_budget(launch: Launch) -> int | None:
-    """Return the registers per thread that the kernel's module grants it in `REGISTERS`, if it does."""
+    """Return the registers that `REGISTERS` in the kernel's module grants it, if it is there."""
     budget = getattr(sys.modules[launch.kernel.__module__], "REGISTERS", {})
     return budget.get(launch.kernel.__name__)
 
 
 def leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested tuples, named by their path: maps[0], strides[1][3]."""
+    """Yield the leaves of nested tuples under the names of their paths: maps[0], strides[1][3]."""
     if isinstance(tree, tuple):
         for i, branch in enumerate(tree):
             yield from leaves(branch, f"{name}[{i}]")
@@ -125,7 +129,7 @@ def measure(launch: Launch, target: Target) -> Binary:
         compiled = triton.compile(source, target=target.gpu, options=vars(options))
         asm = compiled.asm
         if target.gpu.backend == "cuda":
-            code = _disassemble(asm["cubin"], scratch)
+            code = _disassembled(asm["cubin"], scratch)
             usage = _cuda_usage(log.getvalue(), code)
         else:
             code = asm["amdgcn"]
@@ -142,22 +146,22 @@ def measure(launch: Launch, target: Target) -> Binary:
     )
 
 
-# ---------------------------------------------------------------------------------- the final code
+# --------------------------------------------------------------------------------- the final code
 
 
-def _disassemble(cubin: bytes, folder: str) -> str:
+def _disassembled(cubin: bytes, folder: str) -> str:
     path = Path(folder, "kernel.cubin")
     path.write_bytes(cubin)
-    command = [knobs.nvidia.nvdisasm.path, "-c", path]
+    command = [knobs.nvidia.nvdisasm.path, "-c", "-ndf", path]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _cuda_usage(log: str, sass: str) -> dict[str, int]:
-    # LDG.E is 32 bits; LDG.E.U16, .64, .128 and .ENL2.256 say theirs
     widest = {"LD": 0, "ST": 0}
     for way, modifiers in re.findall(r"\b(LD|ST)G(?:STS)?\.(\S+)", sass):
-        bits = [int(b) for b in re.findall(r"\b[US]?(8|16|64|128|256)\b", modifiers)]
-        widest[way] = max(widest[way], bits[-1] if bits else 32)
+        # LDG.E is 32 bits; LDG.E.U16, .64, .128, .ENL2.256 say theirs
+        sizes = re.findall(r"\b[US]?(8|16|64|128|256)\b", modifiers)
+        widest[way] = max(widest[way], int(sizes[-1]) if sizes else 32)
     return {
         "registers": _number(r"Used (\d+) registers", log),
         "stack": _number(r"(\d+) bytes stack frame", log),
@@ -177,31 +181,31 @@ def _hip_usage(amdgcn: str) -> dict[str, int]:
     return {
         "registers": _number(r"\.vgpr_count:\s+(\d+)", amdgcn),
         "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", amdgcn),
-        "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", amdgcn)
-        + _number(r"\.sgpr_spill_count:\s+(\d+)", amdgcn),
+        # scalar registers spill to lanes of vector registers, and show up there
+        "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", amdgcn),
         "widest_load": widest["load"],
         "widest_store": widest["store"],
     }
 
 
 def _number(pattern: str, text: str) -> int:
-    (number,) = re.findall(pattern, text)  # one kernel, so one: anything else is another format
+    (number,) = re.findall(pattern, text)  # one kernel, so one: anything else is a new format
     return int(number)
 
 
 def _dots(ttir: str) -> int:
-    """Count the dots that belong on tensor cores: all but those of fp32 kept as fp32, and of fp64."""
+    """Count the dots that belong on tensor cores: all but fp64 and fp32 that stays fp32."""
     dots = [line for line in ttir.splitlines() if " tt.dot" in line]
-    full = re.compile(r"xf64> \*|^(?!.*inputPrecision = (?!ieee)).*xf32> \*")
-    return sum(not full.search(line) for line in dots)
+    fp64 = [dot for dot in dots if "xf64> *" in dot]
+    fp32 = [dot for dot in dots if "xf32> *" in dot and not re.search("tf32|bf16x", dot)]
+    return len(dots) - len(fp64) - len(fp32)
 
 
-# --------------------------------------------------------------------------- accesses, by argument
+# -------------------------------------------------------------------------- accesses, by argument
 
 _POINTER = re.compile(r"ptr addrspace\([18]\) (?:\[ )?(%[\w.]+)|\[ (%[\w.]+), %")
-_POINTER_PARAMETER = re.compile(r"ptr addrspace\(1\)[^%]* (%\d+)")
 _ACCESS = [  # way, lanes, type of a lane
-    re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d+))?\.b(\d+)\b"),  # PTX, inside inline assembly
+    re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d+))?\.b(\d+)\b"),  # PTX as inline assembly
     re.compile(r"\b(cp)\.async\.c[ag]\.shared\.global .*?, (0x\w+)()"),  # the same, in bytes
     re.compile(r"\.buffer\.(load|store)\.(?:v(\d+))?((?:i|f|bf)\d+)\("),  # AMD's intrinsics
     re.compile(r"\b(load|store) (?:<(\d+) x )?(\w+)"),  # LLVM's own
@@ -211,15 +215,16 @@ _BITS = {"": 8, "half": 16, "bfloat": 16, "float": 32, "double": 64}
 
 def _accesses(llir: str, signature: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     """Return the bits of the narrowest global load and store of each pointer argument."""
+    lines = llir[llir.index("\ndefine ") + 1 :].splitlines()
     arguments = [leaf for name, tree in signature.items() for leaf in leaves(tree, name)]
     arguments = [(name, kind) for name, kind in arguments if kind != "constexpr"]
     names = {f"%{i}": name for i, (name, kind) in enumerate(arguments) if kind.startswith("*")}
-    lines = llir[llir.index("\ndefine ") + 1 :].splitlines()
-    assert names.keys() <= set(_POINTER_PARAMETER.findall(lines[0])), "not one parameter per leaf"
+    parameters = re.findall(r"ptr addrspace\(1\)[^%]* (%\d+)", lines[0])
+    assert names.keys() <= set(parameters), "the kernel has not one parameter per argument"
 
     pointers = [[a or b for a, b in _POINTER.findall(line)] for line in lines]
     origins = {
-        line.split(" = ")[0].strip(): pointed
+        line.partition(" = ")[0].strip(): pointed
         for line, pointed in zip(lines, pointers)
         if " = " in line
     }
@@ -239,7 +244,7 @@ def _accesses(llir: str, signature: dict[str, Any]) -> tuple[dict[str, int], dic
 
 
 def _roots(pointer: str, origins: dict[str, list[str]]) -> set[str]:
-    """Follow address arithmetic, phis and selects back to the parameters `pointer` may come from."""
+    """Follow address arithmetic, phis and selects back to the parameters they start from."""
     seen, todo = set[str](), [pointer]
     while todo:
         if (name := todo.pop()) not in seen:

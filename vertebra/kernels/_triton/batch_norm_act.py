@@ -79,7 +79,7 @@ def _moments_kernel(
     tl.store(m2s_ptr + split * C + c, m2, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "split_m", "splits"])
 def _merge_kernel(
     means_ptr,
     m2s_ptr,
@@ -97,14 +97,22 @@ def _merge_kernel(
 ):
     mean_ptr, rstd_ptr = moments
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    s = tl.arange(0, BLOCK_S)[:, None]
-    inside = (s < splits) & (c < C)
-    means = tl.load(means_ptr + s * C + c, mask=inside, other=0.0)
-    m2 = tl.load(m2s_ptr + s * C + c, mask=inside, other=0.0)
-    count = tl.where(s < splits, tl.minimum(M - s * split_m, split_m), 0).to(means.dtype)
-
-    mean = tl.sum(means * (count / M), axis=0, keep_dims=True)
-    m2 = tl.sum(m2 + count * (means - mean) * (means - mean), axis=0, keep_dims=True)
+    mean = tl.zeros((BLOCK_S, BLOCK_C), means_ptr.dtype.element_ty)
+    m2 = tl.zeros((BLOCK_S, BLOCK_C), means_ptr.dtype.element_ty)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        count = tl.minimum(M - s * split_m, split_m).to(mean.dtype)
+        means = tl.load(means_ptr + s * C + c, mask=(s < splits) & (c < C), other=0.0)
+        mean += means * (count / M)
+    mean = tl.sum(mean, axis=0, keep_dims=True)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        inside = (s < splits) & (c < C)
+        count = tl.where(s < splits, tl.minimum(M - s * split_m, split_m), 0).to(mean.dtype)
+        means = tl.load(means_ptr + s * C + c, mask=inside, other=0.0)
+        m2 += tl.load(m2s_ptr + s * C + c, mask=inside, other=0.0)
+        m2 += count * (means - mean) * (means - mean)
+    m2 = tl.sum(m2, axis=0, keep_dims=True)
     tl.store(mean_ptr + c, mean, mask=c < C)
     tl.store(rstd_ptr + c, 1.0 / tl.sqrt(m2 / M + eps), mask=c < C)
     if running is not None:
@@ -169,7 +177,7 @@ def forward(
         splits=splits,
         momentum=momentum,
         eps=eps,
-        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_S=128,
         BLOCK_C=8,
         num_warps=8,
     )
@@ -199,17 +207,17 @@ def _dx_kernel(
     tile = (sizes, m, c, (m < M) & (c < C))
     mean = load_channels(mean_ptr, c, C, ACC, 0.0)
     rstd = load_channels(rstd_ptr, c, C, ACC, 1.0)
-    weight = load_channels(weight_ptr, c, C, ACC, 1.0)
+    slope = load_channels(weight_ptr, c, C, ACC, 1.0) * rstd
     bias = load_channels(bias_ptr, c, C, ACC, 0.0)
-    dweight = load_channels(sums[0], c, C, ACC, 0.0) / M
+    dweight = load_channels(sums[0], c, C, ACC, 0.0) * rstd / M
     dbias = load_channels(sums[1], c, C, ACC, 0.0) / M
 
     x = load_tile(x_ptr, strides[2], tile, ACC, CHANNELS_LAST, UNIT)
     dz = load_tile(dz_ptr, strides[1], tile, ACC, CHANNELS_LAST, UNIT)
-    xhat = (x - mean) * rstd
-    dz *= DACT(xhat * weight + bias)
-    # dx = weight * rstd * (dz - E[dz] - xhat * E[dz * xhat])
-    dx = weight * rstd * (dz - dbias - xhat * dweight)
+    deviation = x - mean
+    dz *= DACT(deviation * slope + bias)
+    # dx = weight * rstd * (dz - E[dz] - xhat * E[dz * xhat]), where xhat = deviation * rstd
+    dx = slope * (dz - dbias - deviation * dweight)
     store_tile(dx_ptr, strides[0], tile, dx, CHANNELS_LAST, UNIT)
 
 

@@ -1,0 +1,366 @@
+"""The compile gate: every kernel, compiled for every target on a machine without a GPU, and judged.
+
+    python -m vertebra.testing.aot [--targets sm_90] [--filter backward] [-v]
+
+The launches are those of declared cases, run on meta tensors through the ops' own Triton path,
+forward and backward; launches that the JIT would serve with one binary are compiled once. A binary
+fails if
+
+* it spills: stack, local memory, scratch;
+* it asks for more shared memory than the device has;
+* it takes more registers (NVIDIA's, per thread) than `REGISTERS` in its module grants the kernel;
+* it accesses a map in smaller pieces than memory allows: where all maps of a launch are contiguous
+  along one axis, channels or pixels, v elements (the greatest power of two that divides offset and
+  length of every run along that axis) or 128 bits are one access, unless a lane owns fewer;
+* it has a dot that is not on tensor cores, or wgmmas that ptxas has serialized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..kernels._act import ACTIVATIONS
+from ..kernels._op import INTERPRETED, Call, observe
+from ..kernels._triton import _aot
+from ..kernels._triton._aot import Binary, Target, leaves
+from ..kernels._triton._launch import Launch, captured
+from .cases import OPS, Case, cases
+
+# ------------------------------------------------------------------------------ what is compiled
+
+
+def declared() -> Iterator[Case]:
+    """Yield the cases to compile: real models' maps, every option once, then what is odd."""
+    for op in OPS:
+        real = cases("bench", op)
+        plain, full = sorted({case.options for case in real}, key=len)
+        first = next(case for case in real if case.layout == "nhwc" and case.options == full)
+        yield from (case for case in real if case.options == full)
+        yield from (replace(first, act=act, options=plain) for act in ACTIVATIONS)
+        yield replace(first, act="gelu")
+        yield replace(first, options=())
+        yield replace(first, dtype=torch.float16)
+        yield replace(first, dtype=torch.float32)
+        yield replace(first, dtype=torch.float32, layout="nchw")
+        yield replace(first, dtype=torch.float64, options=("residual",))
+        yield replace(first, shape=(1, 512, 7, 7))
+        yield replace(first, shape=(32, 104, 28, 28))  # RegNetY-400MF: 8 divides C, 16 does not
+        for layout in ("nhwc", "nchw", "sliced"):
+            yield replace(first, shape=(3, 17, 7, 7), layout=layout)
+
+
+class _OnMeta(TorchDispatchMode):
+    """Give meta tensors the implementation that a GPU would run, not the fake one."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace != "vertebra":
+            return func(*args, **(kwargs or {}))
+        keys = torch.DispatchKeySet(torch.DispatchKey.CPU)
+        return torch.library.get_kernel(func, "CPU").call_boxed(keys, *args)
+
+
+def launches(case: Case) -> list[Launch]:
+    """Return what a GPU would launch for `case`, every gradient wanted, and then only the maps'."""
+    with torch.device("meta"):
+        inputs = case.inputs("meta")
+    found: list[Launch] = []
+    for wanted in (("x", "residual", "weight", "bias"), ("x", "residual")):
+        arguments = {
+            name: None if t is None else t.detach().requires_grad_(name in wanted)
+            for name, t in inputs.items()
+        }
+        calls: list[Call] = []
+        with observe(calls.append):
+            case.run(arguments)
+        with captured() as launched, _OnMeta():
+            for call in calls:
+                call.op.triton(*call.args).backward(inputs["dy"])
+        found += launched
+    return [launch._replace(arguments=_detached(launch.arguments)) for launch in found]
+
+
+def _detached(value: Any) -> Any:
+    """Cut off autograd's graph, which cannot follow a launch into another process."""
+    if isinstance(value, dict):
+        return {k: _detached(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_detached(v) for v in value)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class Build(NamedTuple):
+    """One binary to make, and the launches it serves, each with the case it came from."""
+
+    key: str
+    target: str
+    launches: list[tuple[Launch, Case]]
+
+    @property
+    def launch(self) -> Launch:
+        """One of the launches, which all compile to the same."""
+        return self.launches[0][0]
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """Kernel, layout and dtype: the row of the table it belongs to."""
+        tensors = list(_tensors(self.launch).values())
+        first = next((t for t in tensors if t.dim() == 4), tensors[0])
+        layout = contiguity(first)[0] if first.dim() == 4 else ""
+        return self.launch.kernel.__name__, layout, str(first.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        """What tells it from the others: kernel, functions passed, arguments left out, a case."""
+        arguments = dict(_arguments(self.launch))
+        functions = [v.__name__ for v in arguments.values() if hasattr(v, "__name__")]
+        absent = [f"-{name}" for name, v in arguments.items() if v is None]
+        case = self.launches[0][1].id
+        return " ".join([self.launch.kernel.__name__, *functions, *absent, f"({case})"])
+
+
+def builds(targets: Iterable[str], of: Iterable[Case], only: str = "") -> list[Build]:
+    """Return the distinct binaries of the launches of cases, where the label contains `only`."""
+    found: dict[tuple[str, str], Build] = {}
+    for case in dict.fromkeys(of):
+        for launch in launches(case):
+            for target in targets:
+                key = _aot.identity(launch, _aot.TARGETS[target])
+                build = found.setdefault((target, key), Build(key, target, []))
+                build.launches.append((launch, case))
+    return [build for build in found.values() if only in build.label]
+
+
+def binaries(
+    todo: Sequence[Build], jobs: int, cache: Path | None
+) -> Iterator[tuple[Build, Binary]]:
+    """Yield every build with its binary: read from `cache`, or made, by `jobs` processes."""
+    missing: list[Build] = []
+    for build in todo:
+        kept = cache and cache / f"{build.key}.json"
+        if kept and kept.exists():
+            yield build, Binary(**json.loads(kept.read_text()))
+        else:
+            missing.append(build)
+    if not missing:
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        made = {pool.submit(_aot.measure, b.launch, _aot.TARGETS[b.target]): b for b in missing}
+        for future in as_completed(made):
+            build = made[future]
+            try:
+                binary = future.result()
+            except Exception as error:
+                raise RuntimeError(f"{build.target}: {build.label} does not compile") from error
+            if cache:
+                cache.mkdir(parents=True, exist_ok=True)
+                (cache / f"{build.key}.json").write_text(json.dumps(binary._asdict()))
+            yield build, binary
+
+
+# ------------------------------------------------------------------------------ how it is judged
+
+
+def _arguments(launch: Launch) -> Iterator[tuple[str, Any]]:
+    for name, tree in launch.arguments.items():
+        yield from leaves(tree, name)
+
+
+def _tensors(launch: Launch) -> dict[str, Tensor]:
+    return {name: value for name, value in _arguments(launch) if isinstance(value, Tensor)}
+
+
+def contiguity(t: Tensor) -> tuple[str, int]:
+    """Return the axis that is contiguous in memory, and what divides its runs' offsets and lengths.
+
+    >>> contiguity(torch.empty(2, 24, 5, 5).to(memory_format=torch.channels_last))
+    ('channels', 24)
+    >>> contiguity(torch.empty(2, 24, 14, 14))
+    ('pixels', 196)
+    """
+    C = t.shape[1]
+    pixels = sorted((t.stride(d), t.shape[d]) for d in (0, 2, 3) if t.shape[d] > 1)
+    if C > 1 and t.stride(1) == 1:
+        axis, length, others = "channels", C, [stride for stride, _ in pixels]
+    else:
+        axis, length = "pixels", 1
+        while pixels and pixels[0][0] == length:
+            length *= pixels.pop(0)[1]
+        others = [stride for stride, _ in pixels] + [t.stride(1)] * (C > 1)
+    return axis, math.gcd(length, t.storage_offset(), *others)
+
+
+def required_bits(launch: Launch, target: Target) -> dict[str, int]:
+    """Return how wide every access of each map must at least be; the module docstring says why."""
+    maps = {name: t for name, t in _tensors(launch).items() if t.dim() == 4}
+    axes, divisors = zip(*map(contiguity, maps.values()), strict=True) if maps else ((), ())
+    elements = math.gcd(16, *divisors) if len(set(axes)) == 1 else 1
+    blocks = [size for name, size in launch.arguments.items() if name.startswith("BLOCK")]
+    lanes = launch.arguments["num_warps"] * target.gpu.warp_size
+    elements = min(elements, max(1, math.prod(blocks) // lanes))
+    return {name: min(128, 8 * t.itemsize * elements) for name, t in maps.items()}
+
+
+def failures(build: Build, binary: Binary) -> list[str]:
+    """Return what is wrong with a binary, in words."""
+    target = _aot.TARGETS[build.target]
+    found: list[str] = []
+    if binary.stack or binary.spills:
+        found.append(f"spills: {binary.stack} bytes of stack, {binary.spills} accesses")
+    if binary.shared > target.shared:
+        found.append(f"{binary.shared} bytes of shared memory, of {target.shared}")
+    budget = _aot.register_budget(build.launch)
+    if budget and target.gpu.backend == "cuda" and binary.registers > budget:
+        found.append(f"{binary.registers} registers, of {budget}")
+
+    required: dict[str, tuple[int, str]] = {}
+    for launch, case in build.launches:
+        for name, bits in required_bits(launch, target).items():
+            required[name] = max((bits, case.id), required.get(name, (0, "")))
+    accesses = (("loads", binary.loads), ("stores", binary.stores))
+    narrow: dict[tuple[int, int, str], list[str]] = defaultdict(list)
+    for name, (bits, case) in required.items():
+        if not any(name in width for _, width in accesses):
+            found.append(f"no access of {name}: a needless argument, or the gate is blind")
+        for way, width in accesses:
+            if width.get(name, bits) < bits:
+                narrow[width[name], bits, case].append(f"{way} {name}")
+    for (bits, allowed, case), names in narrow.items():
+        which = ", ".join(sorted(names))
+        found.append(f"{which} {bits} bits at a time; {case} allows {allowed}")
+    final = (binary.widest_load, binary.widest_store)
+    for (way, width), widest in zip(accesses, final, strict=True):
+        if widest < max(width.values(), default=0):
+            found.append(f"{way} at most {widest} bits at a time in the final code: not {width}")
+
+    if binary.dots and not binary.matrix:
+        found.append(f"{binary.dots} dots and no matrix instruction {target.matrix}")
+    if binary.serialized:
+        found.append("ptxas has serialized its wgmmas")
+    return found
+
+
+# ------------------------------------------------------------------------------- how it is shown
+
+
+def table(results: Sequence[tuple[Build, Binary]]) -> str:
+    """Return one line per kernel, layout and dtype: the worst of its binaries."""
+    targets = list(dict.fromkeys(build.target for build, _ in results))
+    rows: dict[tuple[str, ...], list[tuple[Build, Binary]]] = defaultdict(list)
+    for build, binary in results:
+        rows[build.row].append((build, binary))
+    head = ("kernel", "layout", "dtype", "", *targets, "spills", "shared", "bits", "mma")
+    lines: list[tuple[str, ...]] = [head]
+    for row, members in sorted(rows.items()):
+        registers = {target: 0 for target in targets}
+        bits: set[int] = set()
+        for build, binary in members:
+            registers[build.target] = max(registers[build.target], binary.registers)
+            for name in required_bits(build.launch, _aot.TARGETS[build.target]):
+                bits.update(t[name] for t in (binary.loads, binary.stores) if name in t)
+        made = [binary for _, binary in members]
+        lines.append(
+            (
+                *row,
+                f"{len(made)}x",
+                *map(str, registers.values()),
+                str(sum(b.stack + b.spills > 0 for b in made)),
+                str(max(b.shared for b in made)),
+                "/".join(map(str, sorted(bits, reverse=True))),
+                str(max(b.matrix for b in made)),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def complaints(results: Sequence[tuple[Build, Binary]]) -> str:
+    """Return the failures, each once, with the targets it is seen on; empty if there is none."""
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for build, binary in results:
+        for failure in failures(build, binary):
+            found[build.label][failure].append(build.target)
+    return "\n".join(
+        f"FAIL {label}\n"
+        + "\n".join(f"     {failure} ({', '.join(on)})" for failure, on in reasons.items())
+        for label, reasons in found.items()
+    )
+
+
+def _watched(results: Iterator[tuple[Build, Binary]], total: int) -> Iterable[tuple[Build, Binary]]:
+    """Show progress where somebody is watching and rich is installed."""
+    if not sys.stderr.isatty():
+        return results
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return results
+    return track(results, "compiling", total, console=Console(stderr=True), transient=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the gate; return 1 if a binary fails it."""
+    parser = argparse.ArgumentParser(
+        "python -m vertebra.testing.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--targets", nargs="+", choices=_aot.TARGETS, default=list(_aot.TARGETS))
+    parser.add_argument("--filter", default="", help="only binaries whose label contains this")
+    parser.add_argument("--jobs", type=int, default=cpu_count() or 1)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/aot"))
+    parser.add_argument("--no-cache", dest="cache", action="store_const", const=None)
+    parser.add_argument("--json", type=Path, help="write what was measured, binary by binary")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print it")
+    options = parser.parse_args(argv)
+    if INTERPRETED:
+        parser.error(
+            "TRITON_INTERPRET is set: kernels are then Python functions, with nothing to compile; "
+            "set TRITON_INTERPRET=0"
+        )
+
+    start = time.perf_counter()
+    todo = builds(options.targets, declared(), options.filter)
+    if not todo:
+        parser.error(f"no binary's label contains {options.filter!r}")
+    results = list(_watched(binaries(todo, options.jobs, options.cache), len(todo)))
+    order = list(_aot.TARGETS)
+    results.sort(key=lambda r: (r[0].row, r[0].label, order.index(r[0].target)))
+    rows = [
+        {"target": build.target, "label": build.label, **binary._asdict()}
+        for build, binary in results
+    ]
+    if options.json:
+        options.json.write_text(json.dumps({"triton": _aot.VERSION, "binaries": rows}, indent=1))
+    for row in rows if options.verbose else ():
+        print(*row.values())
+    print(f"triton {_aot.VERSION}: {len(todo)} binaries, {time.perf_counter() - start:.0f} s")
+    print(table(results))
+    wrong = complaints(results)
+    print(wrong or "every binary passes")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
