@@ -1,7 +1,7 @@
 """Whole networks on the Triton path, against fp64 and no worse than twice eager PyTorch.
 
-Rounding errors grow through fifty layers, in eager as here, and which tensor they hit most is chance:
-every tensor's relative error is held to twice eager's largest.
+Rounding errors grow through fifty layers, in eager as here, and which tensor they hit most is
+chance: every tensor's relative error is held to twice the largest of eager.
 """
 
 import copy
