@@ -1,0 +1,99 @@
+"""`vertebra bench` end to end, on a ResNet-18 and images of 64 pixels."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vertebra
+from vertebra.bench import workload
+from vertebra.bench.main_job import Settings
+from vertebra.bench.results import Report
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+testing = pytest.importorskip("typer.testing")
+
+EAGER = "eager-nchw,eager-nhwc,timm,vertebra-nchw,vertebra-nhwc"
+TINY = ["--model", "resnet18", "--image-size", "64", "--batch", "2", "--rounds", "1"]
+
+
+def command(*arguments: str) -> Any:
+    from vertebra.__main__ import app
+
+    return testing.CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100"})
+
+
+def test_help_names_every_option() -> None:
+    done = command("bench", "--help")
+    assert done.exit_code == 0
+    for option in ("batch", "rounds", "dtype", "device", "model", "providers", "image-size", "out"):
+        assert f"--{option}" in done.output
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_tiny_run_checks_measures_and_writes(tmp_path, dtype) -> None:
+    options = ["--device", "cpu", "--dtype", dtype, "--providers", EAGER, "--out", str(tmp_path)]
+    done = command("bench", *TINY, *options)
+    assert done.exit_code == 0, done.output
+    report = Report.load(tmp_path / "main.json")
+    assert [c.facts["mode"] for c in report.comparisons] == ["forward", "training"]
+    for comparison in report.comparisons:
+        assert [row.provider for row in comparison.timed] == EAGER.split(",")
+        assert all(len(row.samples_ms) == 1 for row in comparison.rows)
+        assert all(0 < row.errors["logits"] <= row.allowed["logits"] for row in comparison.rows)
+        assert all(row.provider in done.output for row in comparison.rows)
+    assert all(row.errors["gradients"] > 0 for row in report.comparisons[1].rows)
+    assert report.environment["torch"] == torch.__version__
+    assert "No GPU" in done.output
+    assert (tmp_path / "main.png").stat().st_size > 1000
+
+
+@pytest.mark.parity
+def test_a_wrong_model_is_refused_not_timed_and_fails_the_run(tmp_path, monkeypatch) -> None:
+    def almost(*arguments: Any, **options: Any) -> nn.Module:
+        model: Any = vertebra.create_model(*arguments, **options)
+        with torch.no_grad():
+            model.layer2[0].bn1.weight[3] *= 1.05
+        return model
+
+    monkeypatch.setattr(workload, "create_model", almost)
+    done = command(
+        *("bench", *TINY, "--device", "cpu", "--out", str(tmp_path)),
+        *("--providers", "eager-nchw,vertebra-nhwc"),
+    )
+    assert done.exit_code == 1
+    assert "WRONG" in done.output
+    for comparison in json.loads((tmp_path / "main.json").read_text())["comparisons"]:
+        peer, ours = comparison["rows"]
+        assert peer["status"] == "ok"
+        assert ours["status"] == "WRONG"
+        assert ours["samples_ms"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int8"], "fp32"),
+        (["--providers", "eager-nchw,tensorflow"], "tensorflow"),
+        (["--batch", "0"], "at least 1"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_bad_options_are_usage_errors(options, message) -> None:
+    done = command("bench", *options)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_quick_compiles_nothing() -> None:
+    settings = Settings.choose(quick=True, device="cpu")
+    assert {workload.VARIANTS[name].compile for name in settings.providers} == {None}
+
+
+def test_list_and_env() -> None:
+    assert "resnet50" in command("list", "resnet*").output.split()
+    assert torch.__version__ in command("env").output

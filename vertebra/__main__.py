@@ -1,0 +1,89 @@
+"""The command line: `vertebra` or `python -m vertebra`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as error:
+    raise SystemExit(f"{error}; the command line needs: pip install 'vertebra[bench]'") from None
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="CNN backbones, made fast.")
+bench = typer.Typer(help="Check every answer, then measure: eager, torch.compile, timm, vertebra.")
+app.add_typer(bench, name="bench")
+
+
+@app.callback()
+def _root() -> None:  # pyright: ignore[reportUnusedFunction]
+    """CNN backbones in PyTorch, made fast by Triton kernels."""
+
+
+@bench.callback(invoke_without_command=True)
+def main_job(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="A name that torchvision or timm has too.")
+    ] = "resnet50",
+    batch: Annotated[int | None, typer.Option(help="Images per call [256; CPU: 4].")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels per side [224].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [bf16; CPU: fp32].")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu [cuda if there is one].")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Samples per provider [20; CPU: 10].")] = None,
+    providers: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    quick: Annotated[bool, typer.Option(help="Three rounds, nothing compiled.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for JSON and chart.")] = Path("bench/out"),
+) -> None:
+    """Build a model here, load a peer's weights, check the answers, compare the speed."""
+    if context.invoked_subcommand is not None:
+        return
+    from .bench import main_job as job
+
+    try:
+        settings = job.Settings.choose(
+            model,
+            batch=batch,
+            image_size=image_size,
+            dtype=dtype,
+            device=device,
+            rounds=rounds,
+            providers=None if providers is None else providers.split(","),
+            quick=quick,
+        )
+        report = job.run(settings, out, Console(width=None if sys.stdout.isatty() else 100))
+    except (ValueError, KeyError) as error:
+        raise typer.BadParameter(str(error)) from None
+    raise typer.Exit(int(report.failed))
+
+
+@app.command("list")
+def list_models(pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*") -> None:
+    """List the models by name."""
+    from . import list_models
+
+    for name in list_models(pattern):
+        typer.echo(name)
+
+
+@app.command()
+def env() -> None:
+    """Show what a bug report needs: versions and device."""
+    import torch
+
+    from .bench.environment import describe
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in describe(device).items():
+        typer.echo(f"{name:16}{value}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

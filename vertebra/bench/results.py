@@ -1,0 +1,129 @@
+"""What a benchmark found, as plain data: raw samples and their context, to and from JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA = 1
+
+Status = Literal["ok", "WRONG", "FAILED", "absent", "late"]
+"""WRONG: the answer is off, and nothing was timed. absent: not here. late: no time was left."""
+
+
+@dataclass
+class Row:
+    """One provider's part in a comparison; a sample is the mean of `calls_per_sample` calls."""
+
+    provider: str
+    peer: bool
+    status: Status = "ok"
+    detail: str = ""
+    first_call_s: float | None = None
+    errors: dict[str, float] = field(default_factory=dict[str, float])
+    allowed: dict[str, float] = field(default_factory=dict[str, float])
+    top1: float | None = None
+    calls_per_sample: int = 0
+    samples_ms: list[float] = field(default_factory=list[float])
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run as a whole must fail because of this row."""
+        return self.status in ("WRONG", "FAILED")
+
+
+@dataclass
+class Comparison:
+    """Providers of one answer, timed in turn: sample i of every row is from round i."""
+
+    name: str
+    rows: list[Row]
+    work: dict[str, float] = field(default_factory=dict[str, float])
+    """What one call gets done: {"images": 256}, or {"bytes": ...} of `Op.traffic`."""
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def timed(self) -> list[Row]:
+        """The rows that have times."""
+        return [row for row in self.rows if row.status == "ok" and row.samples_ms]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the time sufficed for every row."""
+        return all(row.status != "late" for row in self.rows)
+
+    def speedups(self, row: Row) -> list[float]:
+        """Return, round by round, how many times as fast as the round's fastest peer `row` was."""
+        peers = [other.samples_ms for other in self.timed if other.peer]
+        if not peers:
+            return []
+        fastest = [min(times) for times in zip(*peers, strict=True)]
+        return [best / own for best, own in zip(fastest, row.samples_ms, strict=True)]
+
+    def best(self, peer: bool) -> Row | None:
+        """Return the fastest timed row among the peers, or among ours."""
+        rows = [row for row in self.timed if row.peer == peer]
+        return min(rows, key=lambda row: statistics.median(row.samples_ms), default=None)
+
+
+@dataclass
+class Report:
+    """A whole run."""
+
+    kind: str
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    comparisons: list[Comparison] = field(default_factory=list[Comparison])
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def failed(self) -> bool:
+        """Whether any answer was wrong or missing."""
+        return any(row.failed for comparison in self.comparisons for row in comparison.rows)
+
+    def save(self, path: Path) -> None:
+        """Write JSON, so that an interruption leaves the old file or the new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        content = _finite({"schema": SCHEMA, **asdict(self)})
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read what `save` wrote."""
+        content = json.loads(path.read_text())
+        if content.pop("schema", None) != SCHEMA:
+            raise ValueError(f"{path} must have schema {SCHEMA}; measure again to replace it")
+        for comparison in content["comparisons"]:
+            comparison["rows"] = [Row(**_infinite(row)) for row in comparison["rows"]]
+        content["comparisons"] = [Comparison(**c) for c in content["comparisons"]]
+        return cls(**content)
+
+
+def quartiles(samples: list[float]) -> tuple[float, float, float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    if len(samples) < 2:
+        return samples[0], samples[0], samples[0]
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for: an infinite error becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _infinite(row: dict[str, Any]) -> dict[str, Any]:
+    errors = {name: math.inf if e is None else e for name, e in row["errors"].items()}
+    return {**row, "errors": errors}
