@@ -8,10 +8,10 @@ READY      := .venv/.ready
 OLDEST     := .cache/triton-3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test check aot gpu gpu-test docs clean
+.PHONY: help bench test check aot gpu gpu-test gpu-kernels gpu-models gpu-train docs clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' Makefile | expand -t 46
 
 bench: $(READY)  ## check every answer, then measure: eager, torch.compile, vertebra
 	$(BIN)/python -m vertebra bench
@@ -29,12 +29,11 @@ aot: $(READY) $(OLDEST)/.ready  ## compile every kernel for every target: pinned
 	$(BIN)/python -m vertebra.testing.aot
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot
 
-gpu:  ## measure on this machine's GPU; JSON goes to $OUT, else bench/results
+gpu:  ## test and measure on this machine's GPU; results go to $OUT, else bench/results
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu
 
-# The interrupt at 8 minutes lets pytest still write its report.
-gpu-test:  ## the tests on this machine's GPU; a JUnit report goes to $OUT, else bench/results
-	PYTHONPATH=.:$$PYTHONPATH timeout -s INT 480 $(GPU_PYTHON) -m pytest tests -n 8 --dist loadgroup -m "not parity and not aot" --junitxml="$${OUT:-bench/results}/gpu-test.xml"
+gpu-test gpu-kernels gpu-models gpu-train:  ## one stage of it, at most 8 minutes
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu --stage $(@:gpu-%=%)
 
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def test(session: Session) -> bool:
     junit = session.out / "gpu-test.xml"
     tests = "tests/kernels/test_dispatch.py" if session.tiny else "tests"
     command = [sys.executable, "-m", "pytest", tests, "-q", "-m", "not parity and not aot"]
+    if find_spec("xdist") and not session.tiny:  # compiling takes the time: use the cores
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
     with subprocess.Popen([*command, f"--junitxml={junit}"]) as process:
         try:
             return process.wait(60 * session.minutes) == 0
