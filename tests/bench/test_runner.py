@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from vertebra.bench import runner
 from vertebra.bench.oracle import Answers, Oracle
-from vertebra.bench.runner import Clock, Provider, Step, Unavailable, measure
+from vertebra.bench.runner import Clock, Provider, Step, Unavailable, measure, settle_threads
 
 TRUTH = torch.linspace(-1, 1, 12, dtype=torch.float64)
 
@@ -89,7 +90,7 @@ def test_only_a_peer_may_be_absent(oracle, clock) -> None:
     assert row.status == "FAILED"
 
 
-def test_rounds_are_interleaved_in_rotating_order(oracle, clock) -> None:
+def test_every_round_times_everybody_once_in_changing_order(oracle, clock) -> None:
     order: list[str] = []
 
     def named(name: str) -> Provider:
@@ -100,9 +101,12 @@ def test_rounds_are_interleaved_in_rotating_order(oracle, clock) -> None:
 
         return provider(name, call)
 
-    measure([named(name) for name in "abc"], oracle, clock, rounds=3)
-    timed = "".join(order)[3 * 4 : -3]  # after check and calibration, before the last check
-    assert timed == "cab" + "abc" + "bca" + "cab"
+    measure([named(name) for name in "abc"], oracle, clock, rounds=6)
+    timed = order[3 * 4 : -3]  # after check and calibration, before the last check
+    rounds = [tuple(timed[i : i + 3]) for i in range(0, len(timed), 3)]
+    assert len(rounds) == 1 + 6
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len(set(rounds)) > 1
 
 
 def test_after_the_deadline_nothing_new_is_begun(oracle, clock) -> None:
@@ -135,3 +139,10 @@ def test_short_kernels_are_timed_behind_a_lead_longer_than_their_launches(monkey
     assert clock(lambda _: {}, 0, 3) == 2.0
     assert clock(lambda _: {}, 0, 3) == 2.0
     assert leads == [2, 4, 8, 8]  # and keeps what it found
+
+
+def test_threads_are_settled_within_what_was_allowed(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "_THREADS", 2)
+    torch.set_num_threads(7)
+    settle_threads()
+    assert torch.get_num_threads() in (1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +31,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": _device_name(device),
         "backend": current_backend(),
         "interpreted": INTERPRETED,
-        **(_gpu(device) if device.type == "cuda" else {"threads": torch.get_num_threads()}),
+        "cores": os.cpu_count(),
+        **(_gpu(device) if device.type == "cuda" else {}),
     }
 
 

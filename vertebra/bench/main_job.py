@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from .. import explain
 from . import environment, report
 from .results import Comparison, Report
-from .runner import Clock, measure, warm_up_compiler
+from .runner import Clock, measure, settle_threads, warm_up_compiler
 from .workload import VARIANTS, Mode, Workload
 
 T = TypeVar("T")
@@ -150,6 +150,8 @@ def compare(
     title = f"{settings.model} {_TITLES[mode]}"
     tick(f"{title}: the truth, in fp64 on the CPU")
     torch.compiler.reset()  # what another model has made dynamic, or has used up
+    if workload.device.type == "cpu":
+        settle_threads()
     rows = measure(
         list(workload.providers(settings.providers, mode)),
         workload.oracle(mode),
@@ -163,7 +165,8 @@ def compare(
 
 def _facts(settings: Settings, mode: Mode) -> dict[str, Any]:
     facts = asdict(settings) | {"mode": mode}
-    return {k: facts[k] for k in ("model", "mode", "batch", "image_size", "dtype", "device")}
+    names = ("model", "mode", "batch", "image_size", "dtype", "device")
+    return {name: facts[name] for name in names} | {"threads": torch.get_num_threads()}
 
 
 def notes(workload: Workload, settings: Settings) -> list[str]:

@@ -1,14 +1,15 @@
 """The runner: prepare each provider, check its answer, and only then time all of them in turn.
 
-Rounds are interleaved, in an order that rotates, so that a machine that slows down slows everybody
-down; the first round is not recorded. The timed call returns the answer, so what is timed is what
-was checked; it is checked again after the last round.
+Rounds are interleaved, each in an order of its own, so that a machine that slows down slows all of
+them down; the first round is not recorded. The timed call returns the answer, so what is timed is
+what was checked; it is checked again after the last round.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .oracle import Answers, Oracle
 from .results import Row
@@ -24,6 +26,7 @@ from .results import Row
 Step = Callable[[int], Answers]
 """One timed call, on the i-th of the inputs that are rotated through; returns what it computed."""
 
+_THREADS = torch.get_num_threads()  # what torch chose, or OMP_NUM_THREADS
 _LEAST_ROUNDS = 3  # fewer have no spread to speak of
 
 
@@ -114,13 +117,12 @@ def measure(
             row.status, row.detail = "late", "no time was left for it"
         elif (step := _prepare(provider, row, oracle, clock)) is not None:
             steps.append((row, step))
-    calls = 0
+    calls, order = 0, random.Random(0)
     for i in range(-1, rounds):
         if i >= _LEAST_ROUNDS and time.monotonic() > deadline:
             break
         tick(f"round {i + 1} of {rounds}" if i >= 0 else "warm-up")
-        for k in range(len(steps)):
-            row, step = steps[(i + k) % len(steps)]
+        for row, step in order.sample(steps, len(steps)):
             elapsed = clock(step, calls, row.calls_per_sample)
             calls += row.calls_per_sample
             if i >= 0:
@@ -199,6 +201,27 @@ def _reserved(device: torch.device) -> int:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def settle_threads() -> None:
+    """Use no more CPU threads than pay now: all wait for the one whose core is busy elsewhere.
+
+    On two cores, one of them taken, two threads were five times as slow as one.
+    """
+    x, weight = torch.randn(4, 64, 56, 56), torch.randn(64, 64, 3, 3)
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        times: list[float] = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(5):
+                F.conv2d(x, weight).relu_()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    halves = [_THREADS >> i for i in range(_THREADS.bit_length())]
+    torch.set_num_threads(min(halves, key=seconds))
 
 
 def warm_up_compiler(device: torch.device) -> None:
