@@ -81,6 +81,7 @@ def test_dense_maps_merge_fully(shape, format, expected) -> None:
     tile_bytes=st.sampled_from([2048, 4096, 8192]),
     sms=st.sampled_from([2, 40, 132, 148]),
 )
+@settings(deadline=None)
 def test_pick(M, C, channels_last, unit, itemsize, tile_bytes, sms) -> None:
     view = Geometry((M, C, 1, 1), (), channels_last, unit)
     config = pick(view, itemsize, tile_bytes=tile_bytes, programs=8 * sms)
