@@ -63,16 +63,25 @@ class ConvNormAct(nn.Module):
     """`act(norm(conv(x)) + residual)`, with the signature and keys (`conv`, `bn`) of timm's module.
 
     Args:
-        in_channels: channels of the input. out_channels: channels of the output. kernel_size: of
-        the convolution. stride: of the convolution, or of `aa_layer` where there is one. padding:
-        '' (symmetric), 'same', 'valid' or a number. dilation: of the convolution. groups: of the
-        convolution; must divide both channel counts. bias: of the convolution. apply_norm: build
-        the norm, or leave it out. apply_act: end in the activation, or in none. norm_layer: class,
-        partial, name or None for batch norm. act_layer: class, name or None. aa_layer:
-        anti-aliasing module class, called with `channels` and `stride` after a stride > 1.
-        drop_layer: module class called between norm and activation. conv_kwargs: passed to the
-        convolution. norm_kwargs: passed to the norm. act_kwargs: passed to the activation. device:
-        of the parameters. dtype: of the parameters.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: of the convolution.
+        stride: of the convolution, or of `aa_layer` where there is one.
+        padding: '' (symmetric), 'same', 'valid' or a number.
+        dilation: of the convolution.
+        groups: of the convolution; must divide both channel counts.
+        bias: of the convolution.
+        apply_norm: build the norm, or leave it out.
+        apply_act: end in the activation, or in none.
+        norm_layer: class, partial, name or None for batch norm.
+        act_layer: class, name or None.
+        aa_layer: anti-aliasing module class, called with `channels` and `stride` after a stride.
+        drop_layer: module class called between norm and activation.
+        conv_kwargs: passed to the convolution.
+        norm_kwargs: passed to the norm.
+        act_kwargs: passed to the activation.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(

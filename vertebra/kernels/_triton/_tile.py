@@ -33,9 +33,7 @@ class Geometry(NamedTuple):
     sizes: tuple[int, int, int, int]
     strides: tuple[tuple[int, ...], ...]
     channels_last: bool
-    unit: (
-        int  # of elements, 1 to 8: runs along the contiguous axis start and end at multiples of it
-    )
+    unit: int  # 1 to 8: runs along the contiguous axis start and end at its multiples
 
 
 @lru_cache(maxsize=4096)
