@@ -20,7 +20,7 @@ from vertebra.kernels import _triton
 from vertebra.kernels._triton import _aot
 from vertebra.kernels._triton._launch import Launch
 from vertebra.testing import aot
-from vertebra.testing.cases import Case
+from vertebra.testing.cases import OPS, Case, example
 
 pytestmark = pytest.mark.aot
 
@@ -169,9 +169,10 @@ def test_a_launch_is_specialised_as_by_the_jit() -> None:
             get_current_stream=lambda _: 0,
         )
         driver.set_active(device)
-        for op in ("scale_bias_act", "batch_norm_act"):
+        for op in OPS:
             for layout in ("nhwc", "sliced"):
-                for launch in aot.launches(Case(op, (2, 24, 1, 16), torch.bfloat16, layout)):
+                case = example(op, shape=(2, 24, 1, 16), dtype=torch.bfloat16, layout=layout)
+                for launch in aot.launches(case):
                     jitted = []
                     kernel = launch.kernel
                     kernel.device_caches[name]  # creates what the next line replaces

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vertebra.kernels import backend, scale_bias_act
 from vertebra.kernels._act import ACTIVATIONS
-from vertebra.testing.cases import OPS, Case, cases
-from vertebra.testing.contract import check, copied, evaluate, same_bits
+from vertebra.testing.cases import Case, cases
+from vertebra.testing.contract import check, copied, evaluate, leaves_of, same_bits, upcast
 
 
 def parametrize(tag: str) -> Callable[[Any], Any]:
@@ -69,21 +69,17 @@ def test_compiled(case: Case, dynamic: bool, device: torch.device) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_double_precision_gradients(op: str, device: torch.device) -> None:
+@parametrize("double")
+def test_double_precision_gradients(case: Case, device: torch.device) -> None:
     """The kernels' gradients are those of the kernels' own outputs, by finite differences."""
-    for layout in ("nchw", "nhwc"):
-        for act in ("silu", "gelu"):
-            case = Case(op, (2, 3, 3, 2), torch.float64, layout, act)
-            inputs = {k: v if v is None else v.double() for k, v in case.inputs(device).items()}
-            names = ("x", "weight", "bias", "residual")
-            leaves = [inputs[n].detach().requires_grad_() for n in names]
+    inputs = upcast(case.inputs(device))
+    leaves = leaves_of(case, inputs)
 
-            def run(*values, case=case, inputs=inputs, names=names):
-                return case.run({**copied(inputs), **dict(zip(names, values, strict=True))})["y"]
+    def run(*values: torch.Tensor) -> torch.Tensor:
+        return case.run({**copied(inputs), **dict(zip(leaves, values, strict=True))})["y"]
 
-            with backend("triton"):
-                assert torch.autograd.gradcheck(run, leaves, atol=1e-6, fast_mode=False)
+    with backend("triton"):
+        assert torch.autograd.gradcheck(run, [*leaves.values()], atol=1e-6, fast_mode=False)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import vertebra
 from vertebra.kernels import _op, backend, current_backend, scale_bias_act
-from vertebra.testing.cases import OPS, Case
+from vertebra.testing.cases import OPS, example
 
 
 def paths(call) -> list[tuple[str, str | None]]:
@@ -63,24 +63,23 @@ def test_environment_sets_the_initial_backend(value: str, expected: int) -> None
 
 @pytest.mark.parametrize("op", OPS)
 def test_auto_takes_triton_here(op: str, device: torch.device) -> None:
-    case = Case(op, (2, 3, 4, 5))
+    case = example(op)
     assert paths(lambda: case.run(case.inputs(device))) == [("triton", None)]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_refusals(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that Triton refuses runs in eager under auto; forced, it raises with op and reason."""
-    meta = Case(op, (2, 3, 4, 5)).inputs("meta")
-    empty = Case(op, (0, 3, 4, 5)).inputs(device)
+    case = example(op)
+    meta = case.inputs("meta")
+    empty = example(op, shape=(0, 3, 4, 5)).inputs(device)
     for inputs, words in ((meta, "device meta"), (empty, "empty input")):
-        case = Case(op, (2, 3, 4, 5))
         ((path, reason),) = paths(lambda case=case, inputs=inputs: case.run(inputs))
         assert path == "eager"
         assert words in str(reason)
         with backend("triton"), pytest.raises(NotImplementedError, match=f"{op}.*{words}"):
             case.run(inputs)
     monkeypatch.setattr(_op, "_TRITON_INSTALLED", False)
-    case = Case(op, (2, 3, 4, 5))
     assert paths(lambda: case.run(case.inputs(device))) == [("eager", "triton is not installed")]
 
 
@@ -100,7 +99,7 @@ def test_a_map_past_32_bits_is_refused() -> None:
 def test_compiled_code_guards_on_the_backend(device: torch.device) -> None:
     torch._dynamo.reset()
     counters.clear()
-    case = Case("scale_bias_act", (2, 3, 4, 5))
+    case = example("scale_bias_act")
     inputs = case.inputs(device)
     compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager")
     on_triton = compiled(inputs)["y"]
@@ -128,7 +127,7 @@ def test_backend_inside_compiled_code(device: torch.device) -> None:
 
 def test_through_inductor(device: torch.device) -> None:
     torch._dynamo.reset()
-    case = Case("batch_norm_act", (2, 8, 5, 6), layout="nhwc")
+    case = example("batch_norm_act", layout="nhwc")
     compiled = torch.compile(lambda i: case.run(i)["y"].sin().sum(), fullgraph=True)
 
     def gradients(call) -> tuple[torch.Tensor, ...]:

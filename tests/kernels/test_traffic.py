@@ -1,6 +1,5 @@
 """`Op.traffic` against what the launches can touch: every map that a launch is given, once."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +7,11 @@ import pytest
 import torch
 
 from vertebra.kernels import Traffic, _op
-from vertebra.kernels._act import ACTIVATIONS
 from vertebra.kernels._triton._launch import Launch, captured
-from vertebra.testing.cases import OPS, Case
+from vertebra.testing.cases import Case, cases, example
+from vertebra.testing.contract import leaves_of
 
-BN, AFFINE, RESIDUAL = ("affine", "stats"), ("affine",), ("affine", "stats", "residual")
+BN, RESIDUAL = ("affine", "stats"), ("affine", "stats", "residual")
 
 
 def maps(value: Any) -> Iterator[torch.Tensor]:
@@ -28,11 +27,10 @@ def touched(launches: list[Launch]) -> int:
     return sum(m.numel() * m.element_size() for launch in launches for m in maps(launch.arguments))
 
 
-def measure(case: Case, frozen: bool, device: torch.device) -> tuple[Traffic, Traffic]:
+def measure(case: Case, device: torch.device) -> tuple[Traffic, Traffic]:
     """Return what the op declares for `case`, and what its launches can touch."""
     inputs = case.inputs(device)
-    trained = ("x", "residual") if frozen else ("x", "residual", "weight", "bias")
-    inputs |= {k: v.requires_grad_() for k in trained if (v := inputs[k]) is not None}
+    inputs |= leaves_of(case, inputs)
     declared: list[Traffic] = []
     with _op.observe(lambda call: declared.append(call.op.traffic(*call.args))):
         with captured() as forward:
@@ -43,15 +41,9 @@ def measure(case: Case, frozen: bool, device: torch.device) -> tuple[Traffic, Tr
     return traffic, Traffic(touched(forward), touched(backward))
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize(
-    ("op", "act", "options"),
-    list(itertools.product(OPS, ACTIVATIONS, [BN, AFFINE, RESIDUAL])),
-    ids=str,
-)
-def test_traffic_is_what_the_launches_touch(op, act, options, frozen, device) -> None:
-    case = Case(op, (2, 8, 5, 6), torch.bfloat16, act=act, options=options)
-    declared, found = measure(case, frozen, device)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in cases("traffic")])
+def test_traffic_is_what_the_launches_touch(case: Case, device: torch.device) -> None:
+    declared, found = measure(case, device)
     assert declared == found
 
 
@@ -67,6 +59,7 @@ def test_traffic_is_what_the_launches_touch(op, act, options, frozen, device) ->
     ],
 )
 def test_traffic_in_the_documentation(op, options, frozen, forward, backward, device) -> None:
-    case = Case(op, (2, 8, 5, 6), torch.bfloat16, options=options)
+    options = (*options, "frozen") if frozen else options
+    case = example(op, shape=(2, 8, 5, 6), dtype=torch.bfloat16, act="relu", options=options)
     one = 2 * 8 * 5 * 6 * 2
-    assert measure(case, frozen, device)[1] == (forward * one, backward * one)
+    assert measure(case, device)[1] == (forward * one, backward * one)

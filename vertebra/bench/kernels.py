@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels import Traffic, backend
 from ..kernels._op import Call, observe
 from ..testing.cases import Case, Inputs, cases
-from ..testing.contract import away_from_kinks, copied, evaluate, upcast
+from ..testing.contract import copied, evaluate, leaves_of, settled, upcast
 from .oracle import Answers, Oracle
 from .results import Comparison
 from .runner import Clock, Provider, Step, measure
@@ -22,8 +22,6 @@ from .workload import cache_copies
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-
-_DIFFERENTIABLE = ("x", "weight", "bias", "residual")
 
 
 def bench_cases(tiny: bool) -> list[Case]:
@@ -75,8 +73,7 @@ class _Run:
                 inputs = {
                     k: v.clone() if v is not None and v.dim() == 1 else v for k, v in inputs.items()
                 }
-                leaves = {k: v for k in _DIFFERENTIABLE if (v := inputs[k]) is not None}
-                leaves = {k: v.detach().requires_grad_() for k, v in leaves.items()}
+                leaves = leaves_of(self.case, inputs)
                 dy = inputs["dy"]
                 assert dy is not None
                 y = call({**inputs, **leaves})
@@ -118,8 +115,7 @@ def compare(
     deadline: float,
 ) -> list[Comparison]:
     """Check and time one case, forward and backward; `bandwidth` is that of a copy here."""
-    inputs = case.inputs(clock.device)
-    inputs["dy"] = away_from_kinks(case, inputs)
+    inputs = settled(case, case.inputs(clock.device))
     truth = evaluate(case, upcast(inputs), "eager")
     eager = evaluate(case, copied(inputs), "eager")
     size = sum(value.nbytes for value in inputs.values() if value is not None)
@@ -153,10 +149,7 @@ def compare(
 
 def _observed(case: Case, inputs: Inputs) -> Call:
     """Run the case once, with gradients, and return the call it makes."""
-    leaves = {
-        k: v.detach().requires_grad_() for k in _DIFFERENTIABLE if (v := inputs[k]) is not None
-    }
     seen: list[Call] = []
     with observe(seen.append):
-        case.run({**inputs, **leaves})
+        case.run({**inputs, **leaves_of(case, inputs)})
     return seen[0]

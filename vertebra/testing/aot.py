@@ -25,7 +25,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
@@ -35,34 +34,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..kernels._act import ACTIVATIONS
 from ..kernels._op import INTERPRETED, Call, observe
 from ..kernels._triton import _aot
 from ..kernels._triton._aot import Binary, Target, leaves
 from ..kernels._triton._launch import Launch, captured
-from .cases import OPS, Case, cases
+from .cases import Case, cases
 
 # ------------------------------------------------------------------------------ what is compiled
 
 
-def declared() -> Iterator[Case]:
-    """Yield the cases to compile: real models' maps, every option once, then what is odd."""
-    for op in OPS:
-        real = cases("bench", op)
-        plain, full = sorted({case.options for case in real}, key=len)
-        first = next(case for case in real if case.layout == "nhwc" and case.options == full)
-        yield from (case for case in real if case.options == full)
-        yield from (replace(first, act=act, options=plain) for act in ACTIVATIONS)
-        yield replace(first, act="gelu")
-        yield replace(first, options=())
-        yield replace(first, dtype=torch.float16)
-        yield replace(first, dtype=torch.float32)
-        yield replace(first, dtype=torch.float32, layout="nchw")
-        yield replace(first, dtype=torch.float64, options=("residual",))
-        yield replace(first, shape=(1, 512, 7, 7))
-        yield replace(first, shape=(32, 104, 28, 28))  # RegNetY-400MF: 8 divides C, 16 does not
-        for layout in ("nhwc", "nchw", "sliced"):
-            yield replace(first, shape=(3, 17, 7, 7), layout=layout)
+def declared() -> list[Case]:
+    """Return the cases to compile: real models' maps, every option once, then what is odd."""
+    return cases("aot")
 
 
 class _OnMeta(TorchDispatchMode):
@@ -82,7 +65,8 @@ def launches(case: Case) -> list[Launch]:
     with torch.device("meta"):
         inputs = case.inputs("meta")
     found: list[Launch] = []
-    for wanted in (("x", "residual", "weight", "bias"), ("x", "residual")):
+    maps = tuple(name for name in case.differentiable if name not in case.subject.parameters)
+    for wanted in dict.fromkeys((case.differentiable, maps)):
         arguments = {
             name: None if t is None else t.detach().requires_grad_(name in wanted)
             for name, t in inputs.items()
@@ -210,6 +194,8 @@ def contiguity(t: Tensor) -> tuple[str, int]:
 def required_bits(launch: Launch, target: Target) -> dict[str, int]:
     """Return how wide every access of each map must at least be; the module docstring says why."""
     maps = {name: t for name, t in _tensors(launch).items() if t.dim() == 4}
+    C = max((t.shape[1] for t in maps.values()), default=0)
+    maps = {name: t for name, t in maps.items() if t.shape[1] == C}  # not values per pixel
     axes, divisors = zip(*map(contiguity, maps.values()), strict=True) if maps else ((), ())
     elements = math.gcd(16, *divisors) if len(set(axes)) == 1 else 1
     blocks = [size for name, size in launch.arguments.items() if name.startswith("BLOCK")]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from .budget import assert_within_budget
 from .cases import Case, Inputs
 
 _KINKS = {"relu": (0.0,), "hardswish": (-3.0, 3.0)}
-_DIFFERENTIABLE = ("x", "weight", "bias", "residual")
 
 
 def check(case: Case, device: torch.device | str) -> None:
@@ -26,8 +25,7 @@ def check(case: Case, device: torch.device | str) -> None:
     outputs have x's memory format; inputs are untouched; a second run gives the same bits; all of
     it with fresh memory filled with NaN and PyTorch's deterministic mode on.
     """
-    inputs = case.inputs(device)
-    inputs["dy"] = away_from_kinks(case, inputs)
+    inputs = settled(case, case.inputs(device))
     truth = evaluate(case, upcast(inputs), "eager")
     eager = evaluate(case, copied(inputs), "eager")
     with strict_memory():
@@ -36,20 +34,21 @@ def check(case: Case, device: torch.device | str) -> None:
         repeated = evaluate(case, again, "triton")
 
     for name, value in actual.items():
-        terms = 1 if value.dim() == 4 else math.prod(case.shape) // case.shape[1]
+        terms = case.subject.terms(case, name, value)
         assert_within_budget(name, value, eager[name], truth[name], terms)
         if not same_bits(value, repeated[name]):
             raise AssertionError(f"{name}: a second run gave other bits")
     x = inputs["x"]
     assert x is not None
-    for name, like in (("y", x), ("dx", x)):
-        wanted = torch.empty_like(like).stride()
+    for name in ("y", "dx"):
+        wanted = _strides_like(x, actual[name].shape)
         if actual[name].stride() != wanted:
             raise AssertionError(f"{name}: strides {actual[name].stride()}, not {wanted}")
     for name, value in inputs.items():
-        updated = case.op == "batch_norm_act" and name in ("mean", "var")
         after = mine[name]
-        if value is not None and after is not None and not updated and not same_bits(value, after):
+        if value is None or after is None or name in case.subject.updated:
+            continue
+        if not same_bits(value, after):
             raise AssertionError(f"{name}: the input was changed")
 
 
@@ -60,8 +59,7 @@ def evaluate(
     call: Callable[[Inputs], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Run `case`, or `call` in its place, both ways; return outputs, new statistics, gradients."""
-    leaves = {k: inputs[k] for k in _DIFFERENTIABLE}
-    leaves = {k: v.detach().requires_grad_() for k, v in leaves.items() if v is not None}
+    leaves = leaves_of(case, inputs)
     with backend(path):  # pyright: ignore[reportArgumentType]
         results = (call or case.run)({**inputs, **leaves})
         gradients = torch.autograd.grad(results["y"], list(leaves.values()), inputs["dy"])
@@ -70,22 +68,30 @@ def evaluate(
     return {k: v.detach() for k, v in results.items()}
 
 
-def away_from_kinks(case: Case, inputs: Inputs) -> Tensor:
-    """Return dy with zeros where z is within rounding of a kink of the activation.
+def leaves_of(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the inputs that want a gradient, detached, as leaves of a new graph."""
+    leaves = {k: inputs[k] for k in case.differentiable}
+    return {k: v.detach().requires_grad_() for k, v in leaves.items() if v is not None}
 
-    There the derivative is one of two values, and which one is not part of the contract.
+
+def settled(case: Case, inputs: Inputs) -> Inputs:
+    """Return `inputs`, dy with zeros where z is within rounding of a kink of the activation.
+
+    There the derivative is one of two values, and which one is not part of the contract. An op may
+    have such places of its own, which its `Subject.settle` knows.
     """
-    dy = inputs["dy"]
-    assert dy is not None
+    if case.subject.settle is not None:
+        return {**inputs, "dy": case.subject.settle(case, inputs)}
     if case.act not in _KINKS:
-        return dy
-    linear = Case(case.op, case.shape, case.dtype, case.layout, "none", case.options)
+        return inputs
     with backend("eager"):
-        z = linear.run(upcast(inputs))["y"]
+        z = replace(case, act="none").run(upcast(inputs))["y"]
     near = torch.zeros_like(z, dtype=torch.bool)
     for kink in _KINKS[case.act]:
         near |= (z - kink).abs() < 1e-5 * z.abs().max()
-    return torch.where(near, 0, dy)
+    dy = inputs["dy"]
+    assert dy is not None
+    return {**inputs, "dy": torch.where(near, 0, dy)}
 
 
 def copied(inputs: Inputs) -> Inputs:
@@ -106,6 +112,16 @@ def _clone(t: Tensor) -> Tensor:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal, NaN equal to NaN."""
     return bool(torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)))
+
+
+def _strides_like(x: Tensor, shape: torch.Size) -> tuple[int, ...]:
+    """Return the strides of a fresh tensor of `shape` with x's memory format."""
+    like = torch.empty_like(x)
+    if shape == x.shape:
+        return like.stride()
+    channels_last = len(shape) == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    dense = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, device="meta").contiguous(memory_format=dense).stride()
 
 
 @contextmanager

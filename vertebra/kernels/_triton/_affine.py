@@ -14,14 +14,15 @@ order: no atomics, and the same bits every time.
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._act import ACTIVATIONS
 from ._launch import launch
+from ._splits import MAX_SPLITS, add_splits
 from ._tile import (
+    ACC,
     Geometry,
     channel_block,
     extents,
@@ -34,13 +35,6 @@ from ._tile import (
     store_tile,
 )
 
-ACC = {
-    torch.float16: tl.float32,
-    torch.bfloat16: tl.float32,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-MAX_SPLITS = 1024
 # A reduction runs as many programs as fit at once, so that none is left for a second wave: with 128
 # registers a lane, 4 programs of 4 warps fit on a multiprocessor, with 64, 8.
 REGISTERS = {"_backward_kernel": 128}
@@ -225,22 +219,6 @@ def _backward_kernel(
         tl.store(dbias_ptr + split * C + c, over_pixels(sum_dz, CHANNELS_LAST), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _add_splits_kernel(
-    sums_ptr, dscale_ptr, dbias_ptr, C, splits, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    dscale = tl.zeros((BLOCK_S, BLOCK_C), sums_ptr.dtype.element_ty)
-    dbias = tl.zeros((BLOCK_S, BLOCK_C), sums_ptr.dtype.element_ty)
-    for s0 in range(0, splits, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)[:, None]
-        inside = (s < splits) & (c < C)
-        dscale += tl.load(sums_ptr + s * C + c, mask=inside, other=0.0)
-        dbias += tl.load(sums_ptr + (splits + s) * C + c, mask=inside, other=0.0)
-    tl.store(dscale_ptr + c, tl.sum(dscale, axis=0, keep_dims=True), mask=c < C)
-    tl.store(dbias_ptr + c, tl.sum(dbias, axis=0, keep_dims=True), mask=c < C)
-
-
 def backward(
     dy: Tensor,
     x: Tensor | None,
@@ -290,17 +268,5 @@ def backward(
         BLOCK_C=config.BLOCK_C,
         num_warps=config.num_warps,
     )
-    if sums is not None:
-        launch(
-            _add_splits_kernel,
-            (triton.cdiv(C, 8),),
-            dy.device,
-            sums_ptr=scratch,
-            dscale_ptr=sums[0],
-            dbias_ptr=sums[1],
-            C=C,
-            splits=splits,
-            BLOCK_S=128,
-            BLOCK_C=8,
-            num_warps=4,
-        )
+    if scratch is not None and sums is not None:
+        add_splits(scratch, sums)

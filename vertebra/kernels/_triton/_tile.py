@@ -26,6 +26,14 @@ import torch
 import triton
 import triton.language as tl
 
+# what a map's values are computed in
+ACC = {
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
 
 class Geometry(NamedTuple):
     """The merged view: sizes (M, C, HW, W), strides (n, c, h, w) per tensor, the tile's order."""

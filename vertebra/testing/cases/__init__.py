@@ -1,0 +1,41 @@
+"""Every op's cases, declared once, one module per op; tests, compile gate and bench use them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from . import batch_norm_act, scale_bias_act
+from ._case import DTYPES, LAYOUTS, SUBJECTS, Case, Draw, Inputs, Subject
+
+SUBJECTS.update(
+    {
+        "scale_bias_act": scale_bias_act.SUBJECT,
+        "batch_norm_act": batch_norm_act.SUBJECT,
+    }
+)
+OPS = tuple(SUBJECTS)
+CASES: tuple[Case, ...] = tuple(case for subject in SUBJECTS.values() for case in subject.declare())
+
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "LAYOUTS",
+    "OPS",
+    "Case",
+    "Draw",
+    "Inputs",
+    "Subject",
+    "cases",
+    "example",
+]
+
+
+def cases(tag: str, op: str | None = None) -> list[Case]:
+    """Return the cases with `tag`, of one op or of all."""
+    return [case for case in CASES if tag in case.tags and op in (None, case.op)]
+
+
+def example(op: str, **changes: Any) -> Case:
+    """Return the first test case of `op`, with `changes`."""
+    return replace(cases("test", op)[0], **changes)
