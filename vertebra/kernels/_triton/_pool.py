@@ -3,7 +3,7 @@
 One program owns one image, BLOCK_C channels and one split of the image's pixels; it walks them tile
 by tile, keeps one sum per lane, and adds the lanes up once at its end:
 
-    sums[k, n * splits + split, c] = sum over the split's pixels p of SUMMANDS(x, other)[k] at (n, c, p)
+    sums[k, n * splits + split, c] = sum of SUMMANDS(x, other)[k] over the split's pixels
 
 What follows adds the splits of an image in a fixed order. An image is split when there are too few
 images and channel blocks to fill the GPU: batch 1 at 112x112 runs on as many programs as batch 256.
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._affine import Config
 from ._launch import launch
 from ._tile import (
     ACC,
@@ -33,8 +34,8 @@ from ._tile import (
 
 
 @lru_cache(maxsize=4096)
-def _pick(view: Geometry, N: int, itemsize: int, programs: int) -> tuple[int, int, int, int]:
-    """Choose BLOCK_M, BLOCK_C, warps and splits: tiles of at most 4096 bytes, within one image."""
+def _pick(view: Geometry, N: int, itemsize: int, programs: int) -> Config:
+    """Choose a tile of at most 4096 bytes, within one image, and the splits of an image."""
     M, C = view.sizes[:2]
     P = M // N
     tile = 4096 // itemsize // max(1, min(4, 16 // (view.unit * itemsize)))
@@ -48,7 +49,7 @@ def _pick(view: Geometry, N: int, itemsize: int, programs: int) -> tuple[int, in
     splits = max(1, min(tiles, programs // (N * triton.cdiv(C, BLOCK_C))))
     # every split but the last is whole tiles, and none is empty
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))
-    return BLOCK_M, BLOCK_C, 4 if BLOCK_M * BLOCK_C >= 512 else 1, splits
+    return Config(BLOCK_M, BLOCK_C, 4 if BLOCK_M * BLOCK_C >= 512 else 1, splits)
 
 
 @triton.jit
