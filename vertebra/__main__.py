@@ -59,6 +59,14 @@ def main_job(
     raise typer.Exit(int(report.failed))
 
 
+@bench.command("traffic")
+def traffic() -> None:
+    """Print the bytes every op moves, beside what eager PyTorch has to move; needs no GPU."""
+    from .bench.traffic import show
+
+    show(Console(width=None if sys.stdout.isatty() else 120))
+
+
 @app.command("list")
 def list_models(pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*") -> None:
     """List the models by name."""

@@ -48,7 +48,7 @@ def verdicts(report: Report) -> Iterator[str]:
 
 def _table(comparison: Comparison) -> Table:
     rate, unit = _rate(comparison)
-    table = _plain_table(comparison.name, "provider")
+    table = plain_table(comparison.name, "provider")
     for heading in ("ms", "±", unit, "x peer", "error", "budget", "top-1", "first"):
         table.add_column(heading, justify="right", no_wrap=True)
     weighed = any(row.peak_bytes is not None for row in comparison.rows)
@@ -63,7 +63,8 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
-def _plain_table(title: str, first: str) -> Table:
+def plain_table(title: str, first: str) -> Table:
+    """Return an empty table in the house's form, with its first column."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.padding = (0, 1, 0, 0)
     table.add_column(first, no_wrap=True)
@@ -110,7 +111,7 @@ def _gigabytes(size: int | None) -> str:
 def show_kernels(report: Report, console: Console) -> None:
     """Print one line per comparison: everybody's time, our bandwidth as a share of a copy's."""
     providers = list(dict.fromkeys(row.provider for c in report.comparisons for row in c.rows))
-    table = _plain_table("ms per call", "case")
+    table = plain_table("ms per call", "case")
     for heading in ("pass", "path", *providers, "GB/s", "of copy", "x peer"):
         table.add_column(heading, justify="right", no_wrap=True)
     for comparison in report.comparisons:

@@ -30,15 +30,14 @@ from os import cpu_count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..kernels._op import INTERPRETED, Call, observe
+from ..kernels._op import INTERPRETED
 from ..kernels._triton import _aot
 from ..kernels._triton._aot import Binary, Target, leaves
-from ..kernels._triton._launch import Launch, captured
+from ..kernels._triton._launch import Launch
 from .cases import Case, cases
+from .launches import launches as launches_of
 
 # ------------------------------------------------------------------------------ what is compiled
 
@@ -48,46 +47,14 @@ def declared() -> list[Case]:
     return cases("aot")
 
 
-class _OnMeta(TorchDispatchMode):
-    """Give meta tensors the implementation that a GPU would run, not the fake one."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func.namespace != "vertebra":
-            return func(*args, **(kwargs or {}))
-        keys = torch.DispatchKeySet(torch.DispatchKey.CPU)
-        return torch.library.get_kernel(func, "CPU").call_boxed(keys, *args)
-
-
 def launches(case: Case) -> list[Launch]:
     """Return what a GPU would launch for `case`, every gradient wanted, and then only the maps'."""
-    with torch.device("meta"):
-        inputs = case.inputs("meta")
-    found: list[Launch] = []
     maps = tuple(name for name in case.differentiable if name not in case.subject.parameters)
+    found: list[Launch] = []
     for wanted in dict.fromkeys((case.differentiable, maps)):
-        arguments = {
-            name: None if t is None else t.detach().requires_grad_(name in wanted)
-            for name, t in inputs.items()
-        }
-        calls: list[Call] = []
-        with observe(calls.append):
-            case.run(arguments)
-        with captured() as launched, _OnMeta():
-            for call in calls:
-                call.op.triton(*call.args).backward(inputs["dy"])
-        found += launched
-    return [launch._replace(arguments=_detached(launch.arguments)) for launch in found]
-
-
-def _detached(value: Any) -> Any:
-    """Cut off autograd's graph, which cannot follow a launch into another process."""
-    if isinstance(value, dict):
-        return {k: _detached(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_detached(v) for v in value)
-    return value.detach() if isinstance(value, Tensor) else value
+        _, forward, backward = launches_of(case, wanted)
+        found += forward + backward
+    return found
 
 
 class Build(NamedTuple):

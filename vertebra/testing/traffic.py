@@ -1,0 +1,101 @@
+"""Bytes: what an op declares, what its launches can touch, what eager PyTorch has to move.
+
+Counted are maps, that is (N, C, H, W) tensors in any order of dimensions, on meta tensors, so that
+the sizes are those of real models. Ours: every map that a launch is given, once per launch. Eager:
+every map that an aten operation reads or writes, once, or as often as it must; that is the least
+its separate operations could move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..kernels import Traffic, backend
+from ..kernels._triton._launch import Launch
+from .cases import Case
+from .contract import leaves_of
+from .launches import launches
+
+_NO_TRAFFIC = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach")
+
+
+def declared_and_launched(case: Case) -> tuple[Traffic, Traffic]:
+    """Return what the op declares for `case`, and what its launches can touch."""
+    call, forward, backward = launches(case, case.differentiable)
+    return call.op.traffic(*call.args), Traffic(_launched(forward), _launched(backward))
+
+
+def eager(case: Case) -> Traffic:
+    """Return the least that the op's eager definition could move."""
+    inputs = case.inputs("meta")
+    leaves = leaves_of(case, inputs)
+    with backend("eager"):
+        with _Counter() as forward:
+            y = case.run({**inputs, **leaves})["y"]
+        with _Counter() as backward:
+            torch.autograd.grad(y, [*leaves.values()], inputs["dy"])
+    return Traffic(forward.bytes, backward.bytes)
+
+
+def _launched(launches: list[Launch]) -> int:
+    return sum(_bytes(_tensors(launch.arguments)) for launch in launches)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Add up the maps' bytes; an expanded one has no more than its memory."""
+    return sum(
+        min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
+        for t in tensors
+        if t.dim() == 4
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+
+
+class _Counter(TorchDispatchMode):
+    """Add up what every operation reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in _NO_TRAFFIC and not func.is_view:
+            reads = _NORMS[name](*args) if name in _NORMS else args
+            self.bytes += _bytes(_tensors(reads)) + _bytes(_tensors(result))
+        return result
+
+
+def _batch_norm(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Statistics of the batch have to be known before the first output can be computed."""
+    train: bool = rest[4]
+    return (x, x) if train else (x,)
+
+
+def _batch_norm_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """With stored statistics dx is dy times a constant; x is for dweight only."""
+    train: bool = rest[5]
+    wanted: list[bool] = rest[7]
+    if train:
+        return (dy, x, dy, x)
+    return (dy, x) if wanted[1] else (dy,)
+
+
+_NORMS = {"native_batch_norm": _batch_norm, "native_batch_norm_backward": _batch_norm_backward}
