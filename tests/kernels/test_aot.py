@@ -204,6 +204,19 @@ def test_every_kernel_is_compiled() -> None:
 
 
 @compiling
+def test_a_sample_has_every_kind_of_binary() -> None:
+    def kinds(some):
+        return {(b.target, b.launch.kernel.__name__, b.functions, b.row) for b in some}
+
+    everything = aot.builds(["sm_90", "gfx942"], aot.declared()[::5])
+    sampled = list(aot.sample(everything, ["gfx942"]))
+    assert kinds(sampled) == kinds(everything)
+    on = {target: [b for b in sampled if b.target == target] for target in ("sm_90", "gfx942")}
+    assert on["sm_90"] == [b for b in everything if b.target == "sm_90"]
+    assert len(on["gfx942"]) == len(kinds(on["gfx942"])) < len(on["sm_90"])
+
+
+@compiling
 def test_the_command_judges_and_a_second_run_compiles_nothing() -> None:
     with TemporaryDirectory() as cache:
         command = ["--targets", "sm_90", "--filter", "_apply_kernel _none", "--cache", cache]

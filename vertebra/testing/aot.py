@@ -1,10 +1,11 @@
 """The compile gate: every kernel, compiled for every target on a machine without a GPU, and judged.
 
-    python -m vertebra.testing.aot [--targets sm_90] [--filter backward] [-v]
+    python -m vertebra.testing.aot [--targets sm_90] [--sampled sm_80] [--filter backward] [-v]
 
 The launches are those of declared cases, run on meta tensors through the ops' own Triton path,
-forward and backward; launches that the JIT would serve with one binary are compiled once. A binary
-fails if
+forward and backward; launches that the JIT would serve with one binary are compiled once. For a
+`--sampled` target, one binary per kernel, layout, dtype and activation stands for those that differ
+in shape or in optional arguments only. A binary fails if
 
 * it spills: stack, local memory, scratch;
 * it asks for more shared memory than the device has;
@@ -23,7 +24,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from os import cpu_count
@@ -78,13 +79,17 @@ class Build(NamedTuple):
         return self.launch.kernel.__name__, layout, str(first.dtype).removeprefix("torch.")
 
     @property
+    def functions(self) -> tuple[str, ...]:
+        """The names of the functions that the kernel is given: activations, summands."""
+        values = dict(_arguments(self.launch)).values()
+        return tuple(v.__name__ for v in values if hasattr(v, "__name__"))
+
+    @property
     def label(self) -> str:
         """What tells it from the others: kernel, functions passed, arguments left out, a case."""
-        arguments = dict(_arguments(self.launch))
-        functions = [v.__name__ for v in arguments.values() if hasattr(v, "__name__")]
-        absent = [f"-{name}" for name, v in arguments.items() if v is None]
+        absent = [f"-{name}" for name, v in _arguments(self.launch) if v is None]
         case = self.launches[0][1].id
-        return " ".join([self.launch.kernel.__name__, *functions, *absent, f"({case})"])
+        return " ".join([self.launch.kernel.__name__, *self.functions, *absent, f"({case})"])
 
 
 def builds(targets: Iterable[str], of: Iterable[Case], only: str = "") -> list[Build]:
@@ -97,6 +102,16 @@ def builds(targets: Iterable[str], of: Iterable[Case], only: str = "") -> list[B
                 build = found.setdefault((target, key), Build(key, target, []))
                 build.launches.append((launch, case))
     return [build for build in found.values() if only in build.label]
+
+
+def sample(of: Iterable[Build], targets: Collection[str]) -> Iterator[Build]:
+    """Yield the builds, for `targets` only the first of each kind: the most optional arguments."""
+    seen: set[tuple[Any, ...]] = set()
+    for build in of:
+        kind = (build.target, build.row, build.functions)
+        if build.target not in targets or kind not in seen:
+            seen.add(kind)
+            yield build
 
 
 def binaries(
@@ -280,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--targets", nargs="+", choices=_aot.TARGETS, default=list(_aot.TARGETS))
+    parser.add_argument(
+        "--sampled", nargs="+", choices=_aot.TARGETS, default=[], help="one binary of each kind"
+    )
     parser.add_argument("--filter", default="", help="only binaries whose label contains this")
     parser.add_argument("--jobs", type=int, default=cpu_count() or 1)
     parser.add_argument("--cache", type=Path, default=Path(".cache/aot"))
@@ -295,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     start = time.perf_counter()
     todo = builds(options.targets, declared(), options.filter)
+    todo = list(sample(todo, options.sampled))
     if not todo:
         parser.error(f"no binary's label contains {options.filter!r}")
     results = list(_watched(binaries(todo, options.jobs, options.cache), len(todo)))
