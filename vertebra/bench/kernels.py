@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import Traffic, backend
 from ..kernels._op import Call, observe
-from ..testing.cases import Case, Inputs, cases
+from ..testing.cases import OPS, Case, Inputs, cases
 from ..testing.contract import copied, evaluate, leaves_of, settled, upcast
 from .oracle import Answers, Oracle
 from .results import Comparison
@@ -25,8 +26,12 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 def bench_cases(tiny: bool) -> list[Case]:
-    """Return the cases tagged "bench"; with `tiny`, two of each op that a CPU does in no time."""
-    found = cases("bench")
+    """Return the cases tagged "bench", the ops taking turns so that a run cut short has them all.
+
+    With `tiny`, only two of each op, of a size that a CPU does in no time.
+    """
+    found = [case for turn in zip_longest(*(cases("bench", op) for op in OPS)) for case in turn]
+    found = [case for case in found if case is not None]
     if not tiny:
         return found
     first = {(case.op, case.layout): case for case in reversed(found)}
