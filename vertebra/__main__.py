@@ -59,6 +59,24 @@ def main_job(
     raise typer.Exit(int(report.failed))
 
 
+@bench.command()
+def overhead(
+    rounds: Annotated[int, typer.Option(help="Samples per op, mode and provider.")] = 200,
+    json: Annotated[Path | None, typer.Option(help="Also write what was measured there.")] = None,
+) -> None:
+    """Time what a call of each op costs the host, with a GPU or without."""
+    from .bench import overhead
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    try:
+        report = overhead.measure(rounds, say=Console(stderr=True).print)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    overhead.show(report, console)
+    if json is not None:
+        report.save(json)
+
+
 @app.command("list")
 def list_models(pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*") -> None:
     """List the models by name."""
