@@ -39,14 +39,8 @@ def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
                 f"{op}: {name} is on {v.device} and x on {device}; move one with .to()"
             )
         own = v.dtype
-        if first is not None:
-            if own != first[1]:
-                raise TypeError(
-                    f"{op}: per-channel arguments must share one dtype; {first[0]} is {first[1]} "
-                    f"and {name} is {own}"
-                )
+        if first is not None and own == first[1]:
             continue
-        first = (name, own)
         narrower = dtype in (torch.float16, torch.bfloat16)
         if own != dtype and not (narrower and own == torch.float32):
             raise TypeError(
@@ -54,6 +48,12 @@ def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
                 + (" or float32" if narrower else "")
                 + f", got {own}; convert the module or the input with .to(dtype)"
             )
+        if first is not None:
+            raise TypeError(
+                f"{op}: per-channel arguments must share one dtype; {first[0]} is {first[1]} "
+                f"and {name} is {own}"
+            )
+        first = (name, own)
 
 
 def check_residual(op: str, x: Tensor, residual: Tensor | None) -> None:
