@@ -1,6 +1,7 @@
 """Where the tests run: on the GPU when there is one, else in the Triton interpreter on the CPU."""
 
 import os
+import sys
 
 import torch
 
@@ -43,3 +44,11 @@ def _one_thread_per_worker() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_replayed() -> None:
+    """Let no test meet launches recorded by another: some put other kernels in place."""
+    replay = sys.modules.get("vertebra.kernels._triton._replay")
+    if replay is not None:
+        replay.forget()

@@ -59,12 +59,30 @@ def main_job(
     raise typer.Exit(int(report.failed))
 
 
-@bench.command("traffic")
+@bench.command()
 def traffic() -> None:
     """Print the bytes every op moves, beside what eager PyTorch has to move; needs no GPU."""
     from .bench.traffic import show
 
     show(Console(width=None if sys.stdout.isatty() else 120))
+
+
+@bench.command()
+def overhead(
+    rounds: Annotated[int, typer.Option(help="Samples per op, mode and provider.")] = 200,
+    json: Annotated[Path | None, typer.Option(help="Also write what was measured there.")] = None,
+) -> None:
+    """Time what a call of each op costs the host, with a GPU or without."""
+    from .bench import overhead
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    try:
+        report = overhead.measure(rounds, say=Console(stderr=True).print)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    overhead.show(report, console)
+    if json is not None:
+        report.save(json)
 
 
 @app.command("list")

@@ -24,34 +24,36 @@ def check_image(op: str, x: Tensor) -> None:
 
 def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
     """Require vectors of shape (C,), on x's device, all of one dtype: x's or float32."""
-    C = x.shape[1]
+    channels, device, dtype = x.shape[1:2], x.device, x.dtype
     first: tuple[str, torch.dtype] | None = None
     for name, v in vectors.items():
         if v is None:
             continue
-        if v.dim() != 1 or v.shape[0] != C:
+        if v.shape != channels:
             raise ValueError(
-                f"{op}: {name} must have shape ({C},), one value per channel of x "
+                f"{op}: {name} must have shape ({x.shape[1]},), one value per channel of x "
                 f"{tuple(x.shape)}; got {tuple(v.shape)}"
             )
-        if v.device != x.device:
+        if v.device != device:
             raise ValueError(
-                f"{op}: {name} is on {v.device} and x on {x.device}; move one with .to()"
+                f"{op}: {name} is on {v.device} and x on {device}; move one with .to()"
             )
-        narrower = x.dtype in (torch.float16, torch.bfloat16)
-        if v.dtype != x.dtype and not (narrower and v.dtype == torch.float32):
+        own = v.dtype
+        if first is not None and own == first[1]:
+            continue
+        narrower = dtype in (torch.float16, torch.bfloat16)
+        if own != dtype and not (narrower and own == torch.float32):
             raise TypeError(
-                f"{op}: {name} must have x's dtype ({x.dtype})"
+                f"{op}: {name} must have x's dtype ({dtype})"
                 + (" or float32" if narrower else "")
-                + f", got {v.dtype}; convert the module or the input with .to(dtype)"
+                + f", got {own}; convert the module or the input with .to(dtype)"
             )
-        if first is None:
-            first = (name, v.dtype)
-        elif v.dtype != first[1]:
+        if first is not None:
             raise TypeError(
                 f"{op}: per-channel arguments must share one dtype; {first[0]} is {first[1]} "
-                f"and {name} is {v.dtype}"
+                f"and {name} is {own}"
             )
+        first = (name, own)
 
 
 def check_residual(op: str, x: Tensor, residual: Tensor | None) -> None:

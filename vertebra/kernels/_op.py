@@ -138,19 +138,21 @@ def observe(callback: Callable[[Call], None]) -> Generator[None]:
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_PIXELS = 2**31 - 2**16
 
 
 def refuses_tensor(x: Tensor) -> str | None:
     """Return why no kernel takes a tensor like `x`: every op's device, dtype and size limits."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
-    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+    if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
         return f"device {x.device.type} (Triton needs a GPU, or TRITON_INTERPRET=1 on the CPU)"
     if x.dtype not in _DTYPES:
         return f"dtype {x.dtype}"
-    if x.numel() == 0:
+    numel = x.numel()
+    if numel == 0:
         return "empty input"
-    if x.numel() // x.shape[1] >= 2**31 - 2**16:
+    if numel >= _MAX_PIXELS and numel // x.shape[1] >= _MAX_PIXELS:
         return "N*H*W does not fit a 32-bit pixel index"
     return None
 
@@ -170,11 +172,27 @@ def define(
 
     def register(impl: Callable[..., Any]) -> Callable[..., Any]:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, impl, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.vertebra, name).default
+        _library.impl(name, _replaying(impl, op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"vertebra::{name}", fake, lib=_library)
-        return getattr(torch.ops.vertebra, name).default
+        return op
 
     return register
+
+
+def _replaying(impl: Callable[..., Any], op: Any) -> Callable[..., Any]:
+    """Return `impl` as repeated by `_triton._replay`, which is imported by the first call."""
+    replay: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal replay
+        if replay is None:
+            from ._triton._replay import Replay
+
+            replay = Replay(impl, [str(argument.type) for argument in op._schema.arguments])
+        return replay(*args)
+
+    return run
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -66,7 +66,8 @@ def batch_norm_act(
         raise ValueError(f"{name}: give both running_mean and running_var, or neither")
     if eps <= 0:
         raise ValueError(f"{name}: eps must be positive, got {eps}")
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    N, _, H, W = x.shape
+    if N * H * W == 1:
         raise ValueError(
             f"{name}: training needs more than one value per channel, got x of shape "
             f"{tuple(x.shape)}; use a larger batch or image, or eval mode"

@@ -1,0 +1,331 @@
+"""A replayed call launches what the ordinary one does: the same binaries with the same arguments.
+
+Without a GPU: Triton's JIT binds, specialises and looks up for real, for a GPU that is not there;
+binaries are stood in for by objects that note how they are launched.
+"""
+
+import functools
+import importlib
+import itertools
+import pkgutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+from vertebra.kernels import _op, _triton
+from vertebra.kernels._triton import _replay
+from vertebra.kernels._triton._launch import captured, launch
+from vertebra.kernels._triton._replay import Plan, Replay
+from vertebra.kernels._triton._stand_in import stand_in
+from vertebra.testing.cases import Case, cases
+
+LAUNCHED: list[tuple[Any, ...]] = []
+"""What binaries were entered with, themselves first."""
+
+
+def jitted(test):
+    """Run a test in a fresh process, where kernels go through Triton's JIT."""
+
+    @functools.wraps(test)
+    def elsewhere() -> None:
+        path = [str(Path(__file__).parent), *sys.path]
+        code = f"import {Path(__file__).stem} as t; t.prepare(); t.{test.__name__}.__wrapped__()"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(path), "TRITON_INTERPRET": "0"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    return elsewhere
+
+
+class Binary(CompiledKernel):
+    """Stands in for what a compilation yields."""
+
+    def __init__(self, source, **_) -> None:
+        self.src, self.name, self.module = source, source.name, object()
+        self.function, self.packed_metadata = id(self), source.hash()
+        self._run = lambda *args: LAUNCHED.append((self, *args))
+
+
+def prepare() -> None:
+    stand_in("sm_90")
+    _op.INTERPRETED = True
+    torch.set_num_threads(1)
+    modules = [importlib.import_module(f"{_triton.__name__}.{m.name}") for m in _modules()]
+    for kernel in (k for m in [*modules, sys.modules[__name__]] for k in vars(m).values()):
+        if isinstance(kernel, triton.JITFunction):
+            assert kernel.device_caches[0]  # creates what the next line replaces
+            kernel.compile = Binary
+
+
+def _modules():
+    return pkgutil.iter_modules(_triton.__path__)
+
+
+def launches(call, *args: Any) -> tuple[Any, list[tuple[Any, ...]]]:
+    """Return what `call` returns, and what was launched meanwhile."""
+    LAUNCHED.clear()
+    return call(*args), list(LAUNCHED)
+
+
+def assert_same(ordinary, replayed) -> None:
+    """Compare (args, outputs, launches) of two calls, pointers by what they point to."""
+    scratch: dict[int, tuple[int, int]] = {}
+    known, known2 = _named(*ordinary[:2]), _named(*replayed[:2])
+    for mine, other in zip(ordinary[2], replayed[2], strict=True):
+        assert mine[:7] == other[:7]  # binary, grid, stream, function, metadata; then come hooks
+        for value, twin in zip(_flat(mine[10:]), _flat(other[10:]), strict=True):
+            if not isinstance(value, Tensor):
+                assert type(value) is type(twin)
+                assert value == twin
+                continue
+            pointer, pointer2 = value.data_ptr(), _pointer(twin)
+            assert known.get(pointer) == known2.get(pointer2)
+            if pointer not in known:
+                assert scratch.setdefault(pointer, (pointer2, value.nbytes))[0] == pointer2
+    regions = sorted(scratch.values())
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(regions))
+
+
+def _flat(values):
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _pointer(value: Tensor | int) -> int:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _named(args, outputs) -> dict[int, str]:
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    named = {"argument": args, "output": outputs}
+    return {
+        t.data_ptr(): f"{kind} {i}"
+        for kind, tensors in named.items()
+        for i, t in enumerate(tensors)
+        if isinstance(t, Tensor) and t.numel()
+    }
+
+
+def spied(case: Case, inputs, seen: list) -> None:
+    """Run a case both ways; note each call of an implementation, with what it launched."""
+    original = Replay.__call__
+
+    def spy(self, *args):
+        outputs, launched = launches(functools.partial(original, self), *args)
+        seen.append((args, outputs, launched))
+        return outputs
+
+    with patch.object(Replay, "__call__", spy):
+        y = case.run(inputs)["y"]
+        if y.requires_grad:
+            y.backward(inputs["dy"])
+
+
+@jitted
+def test_declared_cases_are_replayed_as_they_are_launched() -> None:
+    for case in [*cases("compile"), *cases("test")[::11]]:  # all of them are many minutes
+        inputs = case.inputs("cpu")
+        if inputs["x"].numel() == 0:
+            continue
+        for name in ("x", "weight", "bias", "residual"):
+            if inputs.get(name) is not None:
+                inputs[name].requires_grad_()
+        _replay.forget()
+        runs: list[list] = [[], [], []]
+        for seen in runs:
+            spied(case, inputs, seen)
+        assert len(runs[0]) == 2, case
+        for ordinary, recorded, replayed in zip(*runs, strict=True):
+            assert ordinary[2], case
+            assert_same(ordinary, recorded)
+            assert_same(ordinary, replayed)
+            assert not any(isinstance(v, Tensor) for m in replayed[2] for v in _flat(m)), case
+        plans = [plan for replay in _replay._replays for plan in replay.plans.values()]
+        assert [type(plan) for plan in plans] == [Plan, Plan], case
+
+
+@triton.jit
+def _scale_kernel(y_ptr, x_ptr, bias_ptr, scratch, factor, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n) * factor, mask=i < n)
+
+
+def scale(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
+    y = torch.empty_like(x)
+    arguments = {"y_ptr": y, "x_ptr": x, "bias_ptr": bias, "n": x.stride(0), "BLOCK": 64}
+    scratch = (*x.new_empty(2, 8), x.new_empty(3), None)
+    launch(_scale_kernel, (1, 2), x.device, **arguments, scratch=scratch, factor=factor)
+    return y
+
+
+TYPES = ("Tensor", "Optional[Tensor]", "float", "str")
+
+
+def agree(replay: Replay, *args: Any, times: int = 3) -> None:
+    """Require of each of some calls that it launches what the implementation would."""
+    for _ in range(times):
+        ordinary = (args, *launches(replay._implementation, *args))
+        assert_same(ordinary, (args, *launches(replay, *args)))
+
+
+@jitted
+def test_whatever_a_binary_depends_on_is_told_apart() -> None:
+    replay = Replay(scale, TYPES)
+    memory = torch.zeros(4096)
+    x, bias = memory[:64], torch.zeros(64)
+    variants = [
+        (x, None),
+        (x, bias),
+        (memory[64:128], bias),
+        (memory[1:65], bias),
+        (memory[2:66], bias),
+        (x, bias[1:]),
+        (memory[:128:2], bias),
+        (memory[:65], bias),
+        (x.half(), bias),
+        (x, bias.bfloat16()),
+        (x.view(8, 8), bias),
+    ]
+    for _ in range(3):
+        for variant in variants:
+            agree(replay, *variant, 1.0, "none", times=1)
+    assert [type(plan) for plan in replay.plans.values()] == [Plan] * (len(variants) - 1)
+    agree(replay, x, bias, 1.0, "relu")
+    assert len(replay.plans) == len(variants)
+
+
+@jitted
+def test_floats_are_handed_on_not_kept() -> None:
+    replay = Replay(scale, TYPES)
+    x = torch.zeros(64)
+    for factor in (0.3, 0.3, 0.3, 0.5, 1.0, 0.0, 0.40625, float("inf")):
+        agree(replay, x, None, factor, "none", times=1)
+    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+
+
+@jitted
+def test_floats_that_decide_belong_to_the_signature() -> None:
+    def inverse(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
+        return scale(x, bias, 1 / factor, name)
+
+    def chosen(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
+        return scale(x, bias if factor > 0.45 else None, 2.0, name)
+
+    x = torch.zeros(64)
+    for implementation in (inverse, chosen):
+        replay = Replay(implementation, TYPES)
+        for _ in range(4):
+            for factor in (0.5, 0.25):
+                agree(replay, x, x, factor, "none", times=1)
+        assert [type(plan) for plan in replay.plans.values()] == [Plan, Plan]
+
+
+@jitted
+def test_what_computes_besides_is_not_replayed() -> None:
+    def doubled(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
+        return scale(x * 2, bias, factor, name)
+
+    replay = Replay(doubled, TYPES)
+    x = torch.zeros(64)
+    for _ in range(4):
+        ordinary = launches(replay, x, x, 1.0, "none")[1]
+        assert isinstance(ordinary[0][11], Tensor)
+    assert not any(isinstance(plan, Plan) for plan in replay.plans.values())
+
+
+@jitted
+def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
+    replay = Replay(scale, TYPES)
+    x, other = torch.zeros(64), torch.zeros(64)
+    for _ in range(3):
+        launches(replay, x, x, 1.0, "none")
+    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+    agree(replay, x, other, 1.0, "none")
+
+
+@jitted
+def test_views_of_arguments_move_with_them() -> None:
+    def second_half(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
+        return scale(x[32:], bias, factor, name)
+
+    replay = Replay(second_half, TYPES)
+    for _ in range(4):
+        x = torch.zeros(64)
+        _, (launched,) = launches(replay, x, None, 1.0, "none")
+        assert _pointer(launched[11]) == x[32:].data_ptr()
+    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+
+
+@jitted
+def test_signatures_are_bounded_and_forgotten() -> None:
+    replay = Replay(scale, TYPES)
+    with patch.object(_replay, "MAX_SIGNATURES", 4):
+        for _, size in itertools.product(range(3), range(8, 20)):
+            agree(replay, torch.zeros(size), None, 1.0, "none", times=1)
+            assert len(replay.plans) <= 4
+    _replay.forget()
+    assert not replay.plans
+
+
+@jitted
+def test_who_watches_launches_sees_them() -> None:
+    replay = Replay(scale, TYPES)
+    x = torch.zeros(64)
+    agree(replay, x, None, 1.0, "none")
+
+    def entered() -> list[tuple[Any, ...]]:
+        return launches(replay, x, None, 1.0, "none")[1]
+
+    assert entered()[0][7:10] == (None, None, None)
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        chain.add(print)
+        assert entered()[0][7] is not None
+        chain.remove(print)
+    assert entered()[0][7] is None
+    with captured() as found:
+        assert entered() == []
+    assert len(found) == 1
+    seen: list[Any] = []
+    _scale_kernel.add_pre_run_hook(lambda *_, **named: seen.append(named))
+    entered()
+    assert len(seen) == 1
+
+
+@jitted
+def test_threads_do_not_share_a_call() -> None:
+    replay = Replay(scale, TYPES)
+    wrong: list[int] = []
+
+    def work(size: int) -> None:
+        for i in range(300):
+            x = torch.zeros(size)
+            before = len(LAUNCHED)
+            replay(x, None, float(i), "none")
+            mine = [m for m in LAUNCHED[before:] if _pointer(m[11]) == x.data_ptr()]
+            if [m[-3:-1] for m in mine] != [(float(i), 1)]:
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(size,)) for size in (64, 64, 65)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
