@@ -56,6 +56,9 @@ def test_traffic_is_what_the_launches_touch(case: Case, device: torch.device) ->
         ("scale_bias_act", RESIDUAL, False, 3, 5),
         ("batch_norm_act", BN, False, 3, 5),
         ("batch_norm_act", RESIDUAL, False, 4, 7),
+        # at 8 channels of bf16 the statistics, 8 bytes a pixel, are half a map
+        ("layer_norm_2d", ("affine",), False, 2.5, 3.5),
+        ("layer_norm_2d", ("affine",), True, 2.5, 3.5),
     ],
 )
 def test_traffic_in_the_documentation(op, options, frozen, forward, backward, device) -> None:
@@ -63,3 +66,12 @@ def test_traffic_in_the_documentation(op, options, frozen, forward, backward, de
     case = example(op, shape=(2, 8, 5, 6), dtype=torch.bfloat16, act="relu", options=options)
     one = 2 * 8 * 5 * 6 * 2
     assert measure(case, device)[1] == (forward * one, backward * one)
+
+
+def test_layer_norm_writes_no_statistics_without_a_gradient(device) -> None:
+    inputs = example("layer_norm_2d").inputs(device)
+    declared: list[Traffic] = []
+    observer = _op.observe(lambda call: declared.append(call.op.traffic(*call.args)))
+    with observer, captured() as launches:
+        example("layer_norm_2d").run(inputs)
+    assert declared[0].forward == touched(launches) == 2 * inputs["x"].numel() * 4

@@ -16,7 +16,7 @@ torch.fx.wrap("_layer_norm_nhwc")
 
 
 def _layer_norm_nhwc(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise (N, H, W, C) over C, as the channels_last (N, C, H, W) tensor that its memory is."""
+    """Normalise (N, H, W, C) over C: a view of it is the (N, C, H, W) tensor the op takes."""
     if x.dim() != 4:
         raise ValueError(
             f"LayerNorm2d: with data_format='channels_last' x must have shape (N, H, W, C), got "

@@ -4,7 +4,8 @@ A program owns BLOCK_M pixels and all of their channels. How many channels there
 two designs, and the memory order which way their tiles lie:
 
     whole   all C in one tile: read once, kept in registers between statistics and result.
-            Channels last up to C = 4096; NCHW, where a row is 64 bytes at least, up to C = 256 (backward 128)
+            Channels last up to C = 4096; NCHW, where a row is 64 bytes at least, up to 256, in
+            the backward pass 128
     walk    C in chunks of BLOCK_C, walked twice: once for the statistics, once for the result.
             The second walk finds in cache what the first one read: at C = 768 the programs that
             run at once hold 26 MB, half of the L2 of an H100
