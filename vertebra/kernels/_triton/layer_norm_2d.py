@@ -75,13 +75,11 @@ def pick(view: Geometry, itemsize: int, backward: bool, sms: int) -> Config:
     BLOCK_M = min(max(row, min(512, tile // all_c)), triton.next_power_of_2(M))
     while BLOCK_M > least and triton.cdiv(M, BLOCK_M) < sms:
         BLOCK_M //= 2
-    BLOCK_C = all_c
-    if not whole:
-        BLOCK_C = min(all_c, max(1, tile // BLOCK_M))
-        while BLOCK_C > 32 and triton.cdiv(C, BLOCK_C) * BLOCK_C * 7 > C * 8:
-            BLOCK_C //= 2
+    BLOCK_C = all_c if whole else min(all_c, max(1, tile // BLOCK_M))
+    while 32 < BLOCK_C < all_c and triton.cdiv(C, BLOCK_C) * BLOCK_C * 7 > C * 8:
+        BLOCK_C //= 2
     num_warps = min(16, max(1, BLOCK_M * BLOCK_C // (32 * lane)))
-    return Config(BLOCK_M, BLOCK_C, num_warps, whole)
+    return Config(BLOCK_M, BLOCK_C, num_warps, BLOCK_C >= C)
 
 
 @triton.jit
@@ -167,21 +165,25 @@ def _walk_kernel(
     means = tl.zeros(TILE, ACC)
     m2s = tl.zeros(TILE, ACC)
 
-    # Welford's update, a lane by itself; a lane past the end learns nothing
-    for i in range(0, tl.cdiv(C, BLOCK_C)):
+    # Welford's update, a lane by itself, of deviations from its first channel, which are small
+    # where the mean is large; a lane past the end learns nothing
+    c = channel_block(0, BLOCK_C, CHANNELS_LAST)
+    first = load_tile(x_ptr, strides[1], (sizes, m, c, (m < M) & (c < C)), ACC, CHANNELS_LAST, UNIT)
+    for i in range(1, tl.cdiv(C, BLOCK_C)):
         c = channel_block(i, BLOCK_C, CHANNELS_LAST)
         tile = (sizes, m, c, (m < M) & (c < C))
-        x = load_tile(x_ptr, strides[1], tile, ACC, CHANNELS_LAST, UNIT)
+        x = load_tile(x_ptr, strides[1], tile, ACC, CHANNELS_LAST, UNIT) - first
         delta = tl.where(c < C, x - means, 0.0)
         means += delta * (tl.full((), 1.0, ACC) / (i + 1))
         m2s += delta * (x - means)
 
     # lane j has seen the channels j, j + BLOCK_C, ...; Chan's rule merges all lanes at once
     j = channel_block(0, BLOCK_C, CHANNELS_LAST)
-    count = tl.maximum(tl.cdiv(C - j, BLOCK_C), 0).to(ACC)
-    mean = over_channels(count * means, CHANNELS_LAST) / C
-    mean += over_channels(count * (means - mean), CHANNELS_LAST) / C  # what rounding has left
-    m2s += count * (means - mean) * (means - mean)
+    count = tl.cdiv(C - j, BLOCK_C).to(ACC)
+    mean = over_channels(count * (first + means), CHANNELS_LAST) / C
+    mean += over_channels(count * (first - mean + means), CHANNELS_LAST) / C  # what rounding left
+    means += first - mean
+    m2s += count * means * means
     rstd = 1.0 / tl.sqrt(over_channels(m2s, CHANNELS_LAST) / C + eps)
     store_statistics(statistics, mean, rstd, m, M)
 
