@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vertebra.kernels import batch_norm_act, scale_bias_act
+from vertebra.kernels import batch_norm_act, layer_norm_2d, scale_bias_act
 
 C = 3
 X = torch.randn(2, C, 4, 5)
@@ -42,6 +42,16 @@ def test_bad_input(op, name: str) -> None:
         op(**arguments)
     assert torch.equal(mean, VECTOR)
     assert torch.equal(var, VECTOR)
+
+
+OF_LAYER_NORM = [name for name, (changed, *_) in BAD.items() if {*changed} & {"x", "bias", "eps"}]
+
+
+@pytest.mark.parametrize("name", OF_LAYER_NORM)
+def test_bad_input_of_layer_norm(name: str) -> None:
+    changed, error, words = BAD[name]
+    with pytest.raises(error, match=f"layer_norm_2d: .*{words}"):
+        layer_norm_2d(**{"x": X, "weight": VECTOR, "bias": VECTOR} | changed)
 
 
 def test_mixed_vector_dtypes() -> None:

@@ -27,7 +27,7 @@ _NO_TRAFFIC = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_s
 def declared_and_launched(case: Case) -> tuple[Traffic, Traffic]:
     """Return what the op declares for `case`, and what its launches can touch."""
     call, forward, backward = launches(case, case.differentiable)
-    return call.op.traffic(*call.args), Traffic(_launched(forward), _launched(backward))
+    return call.op.traffic(*call.args), Traffic(launched(forward), launched(backward))
 
 
 def eager(case: Case) -> Traffic:
@@ -42,7 +42,8 @@ def eager(case: Case) -> Traffic:
     return Traffic(forward.bytes, backward.bytes)
 
 
-def _launched(launches: list[Launch]) -> int:
+def launched(launches: list[Launch]) -> int:
+    """Return the bytes that launches can touch."""
     return sum(_bytes(_tensors(launch.arguments)) for launch in launches)
 
 
