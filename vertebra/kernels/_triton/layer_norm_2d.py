@@ -8,7 +8,7 @@ two designs, and the memory order which way their tiles lie:
             the backward pass 128
     walk    C in chunks of BLOCK_C, walked twice: once for the statistics, once for the result.
             The second walk finds in cache what the first one read: at C = 768 the programs that
-            run at once hold 26 MB, half of the L2 of an H100
+            run at once hold about 30 MB, of the 50 MB of an H100's L2
 
 Backward, a program owns every num_programs-th tile. Of dweight and dbias the whole design keeps its
 share in registers; the walk keeps it in the program's row of the scratch buffer that `_splits`
