@@ -56,6 +56,8 @@ def test_traffic_is_what_the_launches_touch(case: Case, device: torch.device) ->
         ("scale_bias_act", RESIDUAL, False, 3, 5),
         ("batch_norm_act", BN, False, 3, 5),
         ("batch_norm_act", RESIDUAL, False, 4, 7),
+        ("global_avg_pool", (), True, 1, 1),
+        ("global_avg_pool", ("norm", "affine"), False, 1, 1),
         ("global_response_norm", (), False, 3, 5),
         ("global_response_norm", (), True, 3, 5),
     ],

@@ -2,6 +2,7 @@
 
 from ._act import ActLayer, create_act
 from .conv_norm_act import ConvNormAct, create_conv2d
+from .global_avg_pool import GlobalAvgPool2d
 from .global_response_norm import GlobalResponseNorm
 from .norm_act import (
     BatchNormAct2d,
@@ -16,6 +17,7 @@ __all__ = [
     "BatchNormAct2d",
     "ConvNormAct",
     "FrozenBatchNormAct2d",
+    "GlobalAvgPool2d",
     "GlobalResponseNorm",
     "NormLayer",
     "create_act",
