@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from vertebra.kernels import batch_norm_act, layer_norm_2d, scale_bias_act
+from vertebra.kernels import (
+    batch_norm_act,
+    global_avg_pool,
+    global_response_norm,
+    layer_norm_2d,
+    scale_bias_act,
+)
 
 C = 3
 X = torch.randn(2, C, 4, 5)
@@ -82,3 +88,31 @@ def test_residual_is_promoted_under_autocast(device: torch.device) -> None:
         y = scale_bias_act(x, None, None, residual)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, x + residual)
+
+
+@pytest.mark.parametrize(
+    "name", ["rank", "not a tensor", "integers", "channel count", "vector rank", "vector dtype"]
+)
+def test_bad_input_of_global_response_norm(name: str) -> None:
+    changed, error, words = BAD[name]
+    with pytest.raises(error, match=f"global_response_norm: .*{words}"):
+        global_response_norm(**{"x": X, "weight": VECTOR, "bias": VECTOR} | changed)
+
+
+def test_eps_of_global_response_norm() -> None:
+    with pytest.raises(ValueError, match=r"global_response_norm: eps must be positive, got 0"):
+        global_response_norm(X, VECTOR, VECTOR, eps=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["rank", "not a tensor", "integers", "channel count", "vector dtype", "eps"]
+)
+def test_bad_input_of_global_avg_pool(name: str) -> None:
+    changed, error, words = BAD[name]
+    with pytest.raises(error, match=f"global_avg_pool: .*{words}"):
+        global_avg_pool(**{"x": X, "weight": VECTOR, "bias": VECTOR, "eps": 1e-6} | changed)
+
+
+def test_global_avg_pool_normalises_only_with_eps() -> None:
+    with pytest.raises(ValueError, match=r"global_avg_pool: .*belong to LayerNorm; give its eps"):
+        global_avg_pool(X, VECTOR, VECTOR)

@@ -5,6 +5,8 @@
 
 from ._op import Op, Traffic, backend, current_backend
 from .batch_norm_act import batch_norm_act
+from .global_avg_pool import global_avg_pool
+from .global_response_norm import global_response_norm
 from .layer_norm_2d import layer_norm_2d
 from .scale_bias_act import scale_bias_act
 
@@ -14,6 +16,8 @@ __all__ = [
     "backend",
     "batch_norm_act",
     "current_backend",
+    "global_avg_pool",
+    "global_response_norm",
     "layer_norm_2d",
     "scale_bias_act",
 ]

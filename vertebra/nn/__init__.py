@@ -2,6 +2,8 @@
 
 from ._act import ActLayer, create_act
 from .conv_norm_act import ConvNormAct, create_conv2d
+from .global_avg_pool import GlobalAvgPool2d
+from .global_response_norm import GlobalResponseNorm
 from .layer_norm import LayerNorm2d
 from .norm_act import (
     BatchNormAct2d,
@@ -16,6 +18,8 @@ __all__ = [
     "BatchNormAct2d",
     "ConvNormAct",
     "FrozenBatchNormAct2d",
+    "GlobalAvgPool2d",
+    "GlobalResponseNorm",
     "LayerNorm2d",
     "NormLayer",
     "create_act",

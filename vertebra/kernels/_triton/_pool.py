@@ -5,11 +5,11 @@ by tile, keeps one sum per lane, and adds the lanes up once at its end:
 
     sums[k, n * splits + split, c] = sum of SUMMANDS(x, other)[k] over the split's pixels
 
-What follows adds the splits of an image in a fixed order. An image is split when there are too few
-images and channel blocks to fill the GPU: batch 1 at 112x112 runs on as many programs as batch 256.
+What follows adds the splits of an image in a fixed order (`image_sum`). An image is split when
+there are too few images and channel blocks to fill the GPU: batch 1 at 112x112 is not left to one
+program per channel block.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._affine import Config
+from ._affine import pick
 from ._launch import launch
 from ._tile import (
     ACC,
@@ -32,30 +32,49 @@ from ._tile import (
     processors,
 )
 
+# As many programs as fit at once: with 64 registers a lane, 8 of 4 warps fit on a multiprocessor.
+# Two summands of two maps take more; what they hold in flight is twice as much as well.
+REGISTERS = {"_pool_kernel": 80}
 
-@lru_cache(maxsize=4096)
-def _pick(view: Geometry, N: int, itemsize: int, programs: int) -> Config:
-    """Choose a tile of at most 4096 bytes, within one image, and the splits of an image."""
-    M, C = view.sizes[:2]
-    P = M // N
-    tile = 4096 // itemsize // max(1, min(4, 16 // (view.unit * itemsize)))
-    if view.channels_last:
-        BLOCK_C = min(triton.next_power_of_2(C), 128, tile)
-        BLOCK_M = min(tile // BLOCK_C, triton.next_power_of_2(P))
-    else:
-        BLOCK_M = min(triton.next_power_of_2(P), 512, tile)
-        BLOCK_C = min(tile // BLOCK_M, triton.next_power_of_2(C))
-    tiles = triton.cdiv(P, BLOCK_M)
-    splits = max(1, min(tiles, programs // (N * triton.cdiv(C, BLOCK_C))))
-    # every split but the last is whole tiles, and none is empty
-    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))
-    return Config(BLOCK_M, BLOCK_C, 4 if BLOCK_M * BLOCK_C >= 512 else 1, splits)
+# What follows is one program per image, which reads all of its splits: with more of them it takes
+# longer than they save.
+MAX_IMAGE_SPLITS = 32
+
+# Values of the tile with all splits that it reads at once: 8 a lane of 8 warps, so that the dozen
+# of such tiles that a kernel may hold need no spill.
+_IMAGE_TILE = 2048
+
+
+def one_image(view: Geometry, N: int) -> Geometry:
+    """Return a view with the pixels of one of the N images, to pick a tile for."""
+    M, *rest = view.sizes
+    return view._replace(sizes=(M // N, *rest))
 
 
 @triton.jit
 def value(x, other):
     """Summand: x itself."""
     return (x,)
+
+
+@triton.jit
+def image_sum(sums_ptr, n, splits, c, C, BLOCK_S: tl.constexpr):
+    """Add up the splits of image n: `pool`'s sums of channels c, which is (1, BLOCK_C)."""
+    s = tl.arange(0, BLOCK_S)[:, None]
+    row = n * splits + s
+    parts = tl.load(sums_ptr + row * C + c, mask=(s < splits) & (c < C), other=0.0)
+    return tl.sum(parts, axis=0, keep_dims=True)
+
+
+def image_blocks(sums: Tensor, N: int) -> dict[str, Any]:
+    """Return the arguments of a kernel that reads `pool`'s sums, one program per image."""
+    _, rows, C = sums.shape
+    splits = rows // N
+    BLOCK_S = triton.next_power_of_2(splits)
+    BLOCK_C = min(triton.next_power_of_2(C), _IMAGE_TILE // BLOCK_S)
+    num_warps = max(1, min(8, BLOCK_S * BLOCK_C // 256))
+    blocks = {"BLOCK_S": BLOCK_S, "BLOCK_C": BLOCK_C, "num_warps": num_warps}
+    return {"C": C, "splits": splits, **blocks}
 
 
 @triton.jit
@@ -113,9 +132,16 @@ def pool(x: Tensor, other: Tensor | None, summands: Any, count: int) -> Tensor:
     view = geometry(x.shape, *(x.stride() if t is None else t.stride() for t in (x, other)))
     N = x.shape[0]
     M, C = view.sizes[:2]
-    BLOCK_M, BLOCK_C, num_warps, splits = _pick(view, N, x.itemsize, 8 * processors(x.device))
     P = M // N
-    split_p = triton.cdiv(triton.cdiv(P, BLOCK_M), splits) * BLOCK_M
+    programs = 8 * processors(x.device) // N
+    # narrow accesses of one map leave registers free: 16 channels of 7x7 at a time, and not 8
+    narrow = other is None and view.unit * x.itemsize < 16
+    tile_bytes = 8192 if narrow else 4096
+    config = pick(one_image(view, N), x.itemsize, tile_bytes=tile_bytes, programs=programs)
+    BLOCK_M, BLOCK_C, num_warps, splits = config
+    # every split but the last is whole tiles, and none is empty
+    split_p = triton.cdiv(triton.cdiv(P, BLOCK_M), min(splits, MAX_IMAGE_SPLITS)) * BLOCK_M
+    splits = triton.cdiv(P, split_p)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = x.new_empty(count, N * splits, C, dtype=dtype)
     launch(

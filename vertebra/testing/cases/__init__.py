@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from . import batch_norm_act, layer_norm_2d, scale_bias_act
+from . import batch_norm_act, global_avg_pool, global_response_norm, layer_norm_2d, scale_bias_act
 from ._case import DTYPES, LAYOUTS, SUBJECTS, Case, Draw, Inputs, Subject
 
 SUBJECTS.update(
@@ -13,6 +13,8 @@ SUBJECTS.update(
         "scale_bias_act": scale_bias_act.SUBJECT,
         "batch_norm_act": batch_norm_act.SUBJECT,
         "layer_norm_2d": layer_norm_2d.SUBJECT,
+        "global_avg_pool": global_avg_pool.SUBJECT,
+        "global_response_norm": global_response_norm.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)
