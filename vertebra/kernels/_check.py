@@ -25,15 +25,21 @@ def check_image(op: str, x: Tensor) -> None:
 def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
     """Require vectors of shape (C,), on x's device, all of one dtype: x's or float32."""
     C = x.shape[1]
-    first: tuple[str, torch.dtype] | None = None
     for name, v in vectors.items():
-        if v is None:
-            continue
-        if v.dim() != 1 or v.shape[0] != C:
+        if v is not None and (v.dim() != 1 or v.shape[0] != C):
             raise ValueError(
                 f"{op}: {name} must have shape ({C},), one value per channel of x "
                 f"{tuple(x.shape)}; got {tuple(v.shape)}"
             )
+    check_parameters(op, x, **vectors)
+
+
+def check_parameters(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Require tensors on x's device, all of one dtype: x's or float32."""
+    first: tuple[str, torch.dtype] | None = None
+    for name, v in parameters.items():
+        if v is None:
+            continue
         if v.device != x.device:
             raise ValueError(
                 f"{op}: {name} is on {v.device} and x on {x.device}; move one with .to()"
@@ -49,7 +55,7 @@ def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
             first = (name, v.dtype)
         elif v.dtype != first[1]:
             raise TypeError(
-                f"{op}: per-channel arguments must share one dtype; {first[0]} is {first[1]} "
+                f"{op}: parameters must share one dtype; {first[0]} is {first[1]} "
                 f"and {name} is {v.dtype}"
             )
 
