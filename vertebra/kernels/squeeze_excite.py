@@ -8,14 +8,14 @@
     du = (W2^T dv) * act'(u)                   dW1 = sum(du s^T)           db1 = sum(du)
     dx = dz * g + W1^T du / (H*W)
 
-Shapes   x, residual, y (N, C, H, W); fc1_weight (R, C), fc2_weight (C, R), or with (1, 1) behind, as
-         1x1 convolutions hold them; fc1_bias (R,), fc2_bias (C,) or None
-Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; weights and biases as x or fp32; means, fcs,
-         gates and sums in fp32 (fp64 for fp64), one rounding, to y
+Shapes   x, residual, y (N, C, H, W); fc1_weight (R, C), fc2_weight (C, R), or (R, C, 1, 1) and
+         (C, R, 1, 1), as 1x1 convolutions hold them; fc1_bias (R,), fc2_bias (C,) or None
+Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; weights and biases as x or fp32; means,
+         fcs, gates and sums in fp32 (fp64 for fp64), one rounding, to y
 Layout   any strides; y keeps x's memory format
-Bytes    forward: x twice, residual and y once. backward: dy twice, x, dx; with out_act x twice; with
-         out_act and residual dresidual takes the place of dy and x in the second pass and is
-         written in the first, which also reads y (relu) or residual (other activations)
+Bytes    forward: x twice, residual and y once. backward: dy twice, x, dx; with out_act x twice;
+         with out_act and residual dresidual takes the place of dy in the second pass and is written
+         in the first, which also reads y (relu) or residual (other activations)
 Saves    x, the weights, s, u and v; y for relu with a residual (the next layer keeps it anyway),
          residual for other activations with one
 Raises   ValueError, TypeError: rank, shape, device or dtype of an argument; unknown act, gate or

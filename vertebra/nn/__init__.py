@@ -9,6 +9,7 @@ from .norm_act import (
     create_norm_act,
     norm_act,
 )
+from .squeeze_excite import SqueezeExcite
 
 __all__ = [
     "ActLayer",
@@ -16,6 +17,7 @@ __all__ = [
     "ConvNormAct",
     "FrozenBatchNormAct2d",
     "NormLayer",
+    "SqueezeExcite",
     "create_act",
     "create_conv2d",
     "create_norm_act",

@@ -1,18 +1,18 @@
 """Squeeze and excitation: the kernels.
 
-    s = mean(x)    u = W1 s + b1    v = W2 act(u) + b2    g = gate(v)    y = out_act(x * g + residual)
+    s = mean(x)    u = W1 s + b1    v = W2 act(u) + b2    y = out_act(x * gate(v) + residual)
 
-A launch ends where all programs must have finished: each fc needs every value of the one before it.
-That allows three, so the second fc has no launch of its own. A program of the pass that needs its
-result computes the part it needs: for its channels, all the images it owns at once.
+    forward    _pool_kernel      image x channels x split    reads x            sums per split
+               _squeeze_kernel   images x hidden channels    adds the splits    s, u
+               _scale_kernel     images x channels x split   reads x, residual  v, y
+    backward   _sums_kernel      image x channels x split    reads dy, x, (y)   sums per split, (dz)
+               _dhidden_kernel   images x hidden channels    adds the splits    dv, du
+               _dweights_kernel  hidden channels x channels  adds the images    dW1, db1, dW2, db2
+               _dx_kernel        images x channels x split   reads dy or dz     dx
 
-    forward    _pool_kernel      image x channels x split     reads x            sums per split
-               _squeeze_kernel   images x hidden channels     adds the splits    s, u
-               _scale_kernel     images x channels x split    v; reads x, residual, writes y
-    backward   _sums_kernel      image x channels x split     reads dy, x, (y)   sums of dz * x, (dz)
-               _dhidden_kernel   images x hidden channels     adds the splits    dv, du
-               _dweights_kernel  hidden channels x channels   adds over images   weight gradients
-               _dx_kernel        images x channels x split    W1^T du; reads dy or dz, writes dx
+Each fc needs all values of what comes before it, so a launch ends before each; with three of them,
+the second fc has none of its own. A program of the pass that needs its result computes the part it
+needs: for its channels, of all the images it owns at once. So does the last pass back with W1^T du.
 
 What that costs: a program reads R weights of each of its channels, at most 4R bytes from L2, and
 moves `pixels` values of it, in and out. `_pick` gives it pixels enough to keep the weights below an
@@ -39,7 +39,6 @@ from ._act import ACTIVATIONS, GATES
 from ._affine import pick
 from ._launch import launch
 from ._tile import (
-    ACC,
     Geometry,
     channel_block,
     extents,
@@ -95,7 +94,7 @@ def _pick(view: Geometry, N: int, R: int, itemsize: int, programs: int) -> Confi
     pixels = max(BLOCK_M, min(least, M * triton.cdiv(C, BLOCK_C) // programs))
     partials = num_warps * (1024 if itemsize < 8 else 512) // BLOCK_C
     images = max(1, min(pixels // P, N, partials // 8))  # 8 weights in a row are a sector
-    IMAGES = 1 << (images.bit_length() - 1)
+    IMAGES = 1 << (int(images).bit_length() - 1)
     CHUNK = min(triton.next_power_of_2(R), max(1, partials // IMAGES))
     tiles = triton.cdiv(P, BLOCK_M)
     splits = triton.cdiv(tiles, pixels // BLOCK_M)

@@ -1,8 +1,8 @@
 """The cases of `squeeze_excite`.
 
-`act` is the activation of y. Options: "bias", "residual", "conv" (weights as 1x1 convolutions hold
-them), "half" (weights in x's dtype; fp64 has no other), "hard" (the hard sigmoid as gate), the name of an activation
-between the fcs (else relu), and "r=5" for 5 hidden channels (else a quarter of the channels).
+`act` is the activation of y. Options: "bias", "residual", "conv" (weights as 1x1 convolutions have
+them), "half" (weights in x's dtype, as fp64 always has them), "hard" (the hard sigmoid as gate),
+the name of an activation between the fcs (else relu), "r=5" for 5 hidden channels (else C / 4).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import squeeze_excite
-from ...kernels._act import ACTIVATIONS
+from ...kernels._act import ACTIVATIONS, GATES
 from ._case import DTYPES, LAYOUTS, Case, Draw, Inputs, Layout, Subject, of_odd_shapes, tagged
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -89,7 +89,7 @@ def _settle(case: Case, inputs: Inputs) -> Tensor:
     u = u if fc1_bias is None else u + fc1_bias
     v = ACTIVATIONS[act](u.clone()) @ fc2_weight.flatten(1).T
     v = v if fc2_bias is None else v + fc2_bias
-    z = x * (torch.sigmoid(v) if gate == "sigmoid" else (v / 6 + 0.5).clamp(0, 1))[..., None, None]
+    z = x * GATES[gate](v)[..., None, None]
     z = z if residual is None else z + residual
     whole = _near(u, act).any(1) | _near(v, gate).any(1)
     given = inputs["dy"]
@@ -105,11 +105,9 @@ def _near(z: Tensor, function: str) -> Tensor:
 
 
 def _terms(case: Case, name: str, value: Tensor) -> int:
-    """Count the values an answer adds up: a map's are its fcs' inputs and the pixels of a mean."""
-    N, C, H, W = case.shape
-    if value.shape == case.shape:
-        return 1
-    return N * H * W
+    """Return how many values an answer adds up; the weights may have four dimensions, as maps."""
+    N, _, H, W = case.shape
+    return 1 if name in ("y", "dx", "dresidual") else N * H * W
 
 
 def _declare() -> Iterator[Case]:
@@ -180,8 +178,9 @@ def _real(base: Case) -> Iterator[Case]:
 def _gate(base: Case) -> Iterator[Case]:
     """Yield real models' maps, every option once, then what is odd."""
     real = list(_real(base))
-    yield from (case for case in real if case.shape[1] in (64, 192, 1088) or case.act == "relu")
+    yield from (case for case in real if case.shape[1] in (64, 192, 1088))
     first = real[0]
+    yield replace(first, act="relu", options=(*FULL, "r=12"))
     yield replace(first, act="gelu", options=(*FULL, "r=12", "gelu"))
     yield replace(first, act="silu", options=("r=12", "silu", "hard"))
     yield replace(first, dtype=torch.float16, options=(*PLAIN, "r=12", "half"))
