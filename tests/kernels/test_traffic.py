@@ -56,6 +56,8 @@ def test_traffic_is_what_the_launches_touch(case: Case, device: torch.device) ->
         ("scale_bias_act", RESIDUAL, False, 3, 5),
         ("batch_norm_act", BN, False, 3, 5),
         ("batch_norm_act", RESIDUAL, False, 4, 7),
+        ("squeeze_excite", ("bias",), False, 3, 5),
+        ("squeeze_excite", ("bias", "residual"), False, 4, 6),
     ],
 )
 def test_traffic_in_the_documentation(op, options, frozen, forward, backward, device) -> None:
@@ -63,3 +65,12 @@ def test_traffic_in_the_documentation(op, options, frozen, forward, backward, de
     case = example(op, shape=(2, 8, 5, 6), dtype=torch.bfloat16, act="relu", options=options)
     one = 2 * 8 * 5 * 6 * 2
     assert measure(case, device)[1] == (forward * one, backward * one)
+
+
+def test_traffic_of_a_bare_gate(device: torch.device) -> None:
+    """As in RegNetY: dz is dy, and x is not needed a second time on the way back."""
+    for options in (("bias",), ("bias", "residual")):
+        case = example("squeeze_excite", shape=(2, 8, 5, 6), act="none", options=options)
+        forward, backward = measure(case, device)[1]
+        one = 2 * 8 * 5 * 6 * 4
+        assert (forward, backward) == ((2 + len(options)) * one, 4 * one)

@@ -28,7 +28,7 @@ class SqueezeExcite(nn.Module):
     nearest multiple of `rd_divisor`. Those of others, of which transformers and torchvision always
     have ReLU and the sigmoid:
 
-    * torchvision and transformers RegNet, timm RegNet: `rd_channels=int(round(block_in * 0.25))`,
+    * torchvision and transformers RegNet, timm RegNet: `rd_channels=int(round(block_in / 4))`,
       with the channels that enter the block; Python rounds halves to even (54 / 4 to 14);
     * timm EfficientNet: `rd_ratio=0.25, rd_round_fn=round`;
     * timm SE-ResNet: the defaults.
@@ -88,6 +88,8 @@ class SqueezeExcite(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, out_act: nn.Module | None = None
     ) -> Tensor:
+        if not isinstance(out_act, nn.Module):  # None, or the proxy of an argument left out
+            out_act = None
         functions = self._fusible()
         tail = "none" if out_act is None else fusible_act(out_act)
         if functions is not None:
