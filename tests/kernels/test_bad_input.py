@@ -9,6 +9,7 @@ from vertebra.kernels import (
     global_response_norm,
     layer_norm_2d,
     scale_bias_act,
+    squeeze_excite,
 )
 
 C = 3
@@ -79,6 +80,46 @@ def test_half_of_the_statistics(missing: str) -> None:
 def test_one_value_per_channel_has_no_variance() -> None:
     with pytest.raises(ValueError, match=r"more than one value per channel.*\(1, 3, 1, 1\).*eval"):
         batch_norm_act(torch.randn(1, C, 1, 1))
+
+
+FC1, FC2 = torch.rand(2, C), torch.rand(C, 2)
+BAD_FCS = {
+    "rank": BAD["rank"],
+    "not a tensor": BAD["not a tensor"],
+    "residual shape": BAD["residual shape"],
+    "residual dtype": BAD["residual dtype"],
+    "transposed": (
+        {"fc1_weight": FC2},
+        ValueError,
+        r"fc1_weight must have shape \(R, C\) or \(R, C, 1, 1\).*C = 3.*got \(3, 2\); transpose",
+    ),
+    "no hidden channel": ({"fc1_weight": FC1[:0]}, ValueError, r"at least R = 1 rows, here 0"),
+    "a 3x3 convolution": (
+        {"fc2_weight": torch.rand(C, 2, 3, 3)},
+        ValueError,
+        r"fc2_weight must have shape \(C, R\).*got \(3, 2, 3, 3\)",
+    ),
+    "unequal fcs": ({"fc2_weight": torch.rand(C, 4)}, ValueError, r"here 2; got \(3, 4\)"),
+    "bias length": ({"fc1_bias": VECTOR}, ValueError, r"fc1_bias must have shape \(2,\).*\(3,\)"),
+    "weight dtype": ({"fc2_weight": FC2.double()}, TypeError, r"x's dtype.*float64.*\.to\(dtype\)"),
+    "weight device": ({"fc1_weight": FC1.to("meta")}, ValueError, r"fc1_weight is on meta"),
+    "activation": ({"act": "tanh"}, ValueError, r"act must be one of none, relu.*got 'tanh'"),
+    "gate": ({"gate": "relu"}, ValueError, r"gate must be one of sigmoid, hard_sigmoid.*'relu'"),
+    "last activation": ({"out_act": "tanh"}, ValueError, r"out_act must be one of.*got 'tanh'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FCS)
+def test_bad_input_of_squeeze_excite(name: str) -> None:
+    changed, error, words = BAD_FCS[name]
+    fcs = {"fc1_weight": FC1, "fc1_bias": None, "fc2_weight": FC2, "fc2_bias": VECTOR}
+    with pytest.raises(error, match=f"squeeze_excite: .*{words}"):
+        squeeze_excite(**{"x": X, **fcs, **changed})
+
+
+def test_mixed_dtypes_of_fcs() -> None:
+    with pytest.raises(TypeError, match=r"share one dtype; fc1_weight is torch.float16 and fc2_"):
+        squeeze_excite(X.half(), FC1.half(), None, FC2, None)
 
 
 def test_residual_is_promoted_under_autocast(device: torch.device) -> None:

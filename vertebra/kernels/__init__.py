@@ -9,6 +9,7 @@ from .global_avg_pool import global_avg_pool
 from .global_response_norm import global_response_norm
 from .layer_norm_2d import layer_norm_2d
 from .scale_bias_act import scale_bias_act
+from .squeeze_excite import squeeze_excite
 
 __all__ = [
     "Op",
@@ -20,4 +21,5 @@ __all__ = [
     "global_response_norm",
     "layer_norm_2d",
     "scale_bias_act",
+    "squeeze_excite",
 ]

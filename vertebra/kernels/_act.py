@@ -1,4 +1,4 @@
-"""The activations that ops can fuse, by the name the op schemas carry.
+"""The activations and gates that ops can fuse, by the name the op schemas carry.
 
 `vertebra/kernels/_triton/_act.py` holds their kernels and derivatives under the same names. GELU is
 the exact (erf) one.
@@ -26,11 +26,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": F.hardsigmoid,  # relu6(z + 3) / 6
+}
 
-def check_act(op: str, act: str) -> None:
-    """Require `act` to be the name of a fusible activation."""
+
+def check_act(op: str, act: str, name: str = "act") -> None:
+    """Require `act`, the argument `name`, to be the name of a fusible activation."""
     if act not in ACTIVATIONS:
-        raise ValueError(f"{op}: act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
+        raise ValueError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
+
+
+def check_gate(op: str, gate: str) -> None:
+    """Require `gate` to be the name of a fusible gate."""
+    if gate not in GATES:
+        raise ValueError(f"{op}: gate must be one of {', '.join(GATES)}; got {gate!r}")
 
 
 def finish(y: Tensor, residual: Tensor | None, act: str) -> Tensor:

@@ -24,16 +24,23 @@ def check_image(op: str, x: Tensor) -> None:
 
 def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
     """Require vectors of shape (C,), on x's device, all of one dtype: x's or float32."""
-    channels, device, dtype = x.shape[1:2], x.device, x.dtype
-    first: tuple[str, torch.dtype] | None = None
+    channels = x.shape[1:2]
     for name, v in vectors.items():
-        if v is None:
-            continue
-        if v.shape != channels:
+        if v is not None and v.shape != channels:
             raise ValueError(
                 f"{op}: {name} must have shape ({x.shape[1]},), one value per channel of x "
                 f"{tuple(x.shape)}; got {tuple(v.shape)}"
             )
+    check_parameters(op, x, **vectors)
+
+
+def check_parameters(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Require tensors on x's device, all of one dtype: x's or float32."""
+    device, dtype = x.device, x.dtype
+    first: tuple[str, torch.dtype] | None = None
+    for name, v in parameters.items():
+        if v is None:
+            continue
         if v.device != device:
             raise ValueError(
                 f"{op}: {name} is on {v.device} and x on {device}; move one with .to()"
@@ -50,7 +57,7 @@ def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
             )
         if first is not None:
             raise TypeError(
-                f"{op}: per-channel arguments must share one dtype; {first[0]} is {first[1]} "
+                f"{op}: parameters must share one dtype; {first[0]} is {first[1]} "
                 f"and {name} is {own}"
             )
         first = (name, own)

@@ -12,6 +12,7 @@ from .norm_act import (
     create_norm_act,
     norm_act,
 )
+from .squeeze_excite import SqueezeExcite
 
 __all__ = [
     "ActLayer",
@@ -22,6 +23,7 @@ __all__ = [
     "GlobalResponseNorm",
     "LayerNorm2d",
     "NormLayer",
+    "SqueezeExcite",
     "create_act",
     "create_conv2d",
     "create_norm_act",

@@ -17,6 +17,8 @@ _BY_NAME: dict[str, type[nn.Module]] = {
     "hardswish": nn.Hardswish,
     "hard_swish": nn.Hardswish,
     "sigmoid": nn.Sigmoid,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "hardsigmoid": nn.Hardsigmoid,
 }
 
 _FUSIBLE: dict[type[nn.Module], str] = {
@@ -27,6 +29,8 @@ _FUSIBLE: dict[type[nn.Module], str] = {
     nn.Hardswish: "hardswish",
     nn.Sigmoid: "sigmoid",
 }
+
+_GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
 
 def create_act(
@@ -51,18 +55,18 @@ def create_act(
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether calling `module` does more than its `forward`."""
+    """Return whether `module` has hooks: it stays a call of its own, or they would not fire."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in hooks)
 
 
 def fusible_act(act: nn.Module) -> str | None:
-    """Return the name under which an op can run `act` itself, or None.
-
-    A module with hooks stays a call of its own, or its hooks would not fire.
-    """
-    if has_hooks(act):
-        return None
-    if isinstance(act, nn.GELU) and act.approximate != "none":
+    """Return the name under which an op can run `act` itself, or None."""
+    if has_hooks(act) or (isinstance(act, nn.GELU) and act.approximate != "none"):
         return None
     return _FUSIBLE.get(type(act))
+
+
+def fusible_gate(gate: nn.Module) -> str | None:
+    """Return the name under which an op can run `gate` itself, or None."""
+    return None if has_hooks(gate) else _GATES.get(type(gate))

@@ -1,4 +1,4 @@
-"""The fusible activations as device functions, under the names of `kernels/_act.py`.
+"""The fusible activations and gates as device functions, under the names of `kernels/_act.py`.
 
 Each entry is (act, dact): the value and the derivative at z, both fp32 (fp64 in double precision).
 At a kink the derivative is PyTorch's; NaN passes through.
@@ -75,6 +75,17 @@ def _hardswish_grad(z):
     return tl.where(z < -3.0, 0.0, tl.where(z <= 3.0, z * (1.0 / 3.0) + 0.5, 1.0))
 
 
+@triton.jit
+def _hard_sigmoid(z):
+    clamped = tl.maximum(z + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(clamped, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0)
+
+
+@triton.jit
+def _hard_sigmoid_grad(z):
+    return tl.where((z > -3.0) & (z < 3.0), 1.0 / 6.0, 0.0)
+
+
 ACTIVATIONS = {
     "none": (_none, _none_grad),
     "relu": (_relu, _relu_grad),
@@ -82,4 +93,9 @@ ACTIVATIONS = {
     "gelu": (_gelu, _gelu_grad),
     "hardswish": (_hardswish, _hardswish_grad),
     "sigmoid": (_sigmoid, _sigmoid_grad),
+}
+
+GATES = {
+    "sigmoid": (_sigmoid, _sigmoid_grad),
+    "hard_sigmoid": (_hard_sigmoid, _hard_sigmoid_grad),
 }

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from . import batch_norm_act, global_avg_pool, global_response_norm, layer_norm_2d, scale_bias_act
+from . import (
+    batch_norm_act,
+    global_avg_pool,
+    global_response_norm,
+    layer_norm_2d,
+    scale_bias_act,
+    squeeze_excite,
+)
 from ._case import DTYPES, LAYOUTS, SUBJECTS, Case, Draw, Inputs, Subject
 
 SUBJECTS.update(
@@ -15,6 +22,7 @@ SUBJECTS.update(
         "layer_norm_2d": layer_norm_2d.SUBJECT,
         "global_avg_pool": global_avg_pool.SUBJECT,
         "global_response_norm": global_response_norm.SUBJECT,
+        "squeeze_excite": squeeze_excite.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)
