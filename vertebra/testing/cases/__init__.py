@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from . import batch_norm_act, scale_bias_act
+from . import batch_norm_act, drop_path_add, scale_bias_act
 from ._case import DTYPES, LAYOUTS, SUBJECTS, Case, Draw, Inputs, Subject
 
 SUBJECTS.update(
     {
         "scale_bias_act": scale_bias_act.SUBJECT,
         "batch_norm_act": batch_norm_act.SUBJECT,
+        "drop_path_add": drop_path_add.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)
