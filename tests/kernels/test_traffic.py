@@ -56,6 +56,10 @@ def test_traffic_is_what_the_launches_touch(case: Case, device: torch.device) ->
         ("scale_bias_act", RESIDUAL, False, 3, 5),
         ("batch_norm_act", BN, False, 3, 5),
         ("batch_norm_act", RESIDUAL, False, 4, 7),
+        ("drop_path_add", ("drop",), True, 2, 2),
+        ("drop_path_add", ("residual", "drop"), True, 3, 2),
+        ("drop_path_add", ("residual", "gamma", "drop"), True, 3, 2),
+        ("drop_path_add", ("residual", "gamma", "drop"), False, 3, 3),
     ],
 )
 def test_traffic_in_the_documentation(op, options, frozen, forward, backward, device) -> None:
