@@ -11,6 +11,7 @@ from vertebra.kernels import (
     scale_bias_act,
     squeeze_excite,
 )
+from vertebra.kernels import batch_norm_act, drop_path_add, scale_bias_act
 
 C = 3
 X = torch.randn(2, C, 4, 5)
@@ -157,3 +158,22 @@ def test_bad_input_of_global_avg_pool(name: str) -> None:
 def test_global_avg_pool_normalises_only_with_eps() -> None:
     with pytest.raises(ValueError, match=r"global_avg_pool: .*belong to LayerNorm; give its eps"):
         global_avg_pool(X, VECTOR, VECTOR)
+    ("changed", "error", "words"),
+    [
+        ({"x": torch.randn(2, C)}, ValueError, r"\(N, C, H, W\), got \(2, 3\)"),
+        ({"gamma": torch.rand(4)}, ValueError, r"gamma must have shape \(3,\).*\(4,\)"),
+        ({"gamma": torch.rand(C, 1, 1)}, ValueError, r"gamma must have shape \(3,\)"),
+        ({"residual": torch.randn(2, C, 4, 1)}, ValueError, r"residual must have x's shape"),
+        ({"drop_prob": 1.5}, ValueError, r"probability of \[0, 1\], got 1\.5"),
+        ({"drop_prob": -0.1}, ValueError, r"probability of \[0, 1\], got -0\.1"),
+        ({"drop_prob": float("nan")}, ValueError, r"probability of \[0, 1\], got nan"),
+        ({"noise": torch.rand(3)}, ValueError, r"noise must have shape \(2,\).*\(3,\); expand"),
+        ({"noise": torch.rand(2, 1)}, ValueError, r"noise must have shape \(2,\)"),
+        ({"noise": torch.rand(2).half()}, TypeError, r"noise must be float32, got torch\.float16"),
+        ({"noise": torch.rand(2, device="meta")}, ValueError, r"noise is on meta and x on cpu"),
+    ],
+)
+def test_bad_drop_path(changed: dict, error: type[Exception], words: str) -> None:
+    arguments = {"x": X, "residual": X, "gamma": VECTOR, "drop_prob": 0.5} | changed
+    with pytest.raises(error, match=f"drop_path_add: .*{words}"):
+        drop_path_add(**arguments)

@@ -2,6 +2,7 @@
 
 from ._act import ActLayer, create_act
 from .conv_norm_act import ConvNormAct, create_conv2d
+from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .global_avg_pool import GlobalAvgPool2d
 from .global_response_norm import GlobalResponseNorm
 from .layer_norm import LayerNorm2d
@@ -18,10 +19,14 @@ __all__ = [
     "ActLayer",
     "BatchNormAct2d",
     "ConvNormAct",
+    "DropPath",
+    "DropPathAdd",
     "FrozenBatchNormAct2d",
     "GlobalAvgPool2d",
     "GlobalResponseNorm",
     "LayerNorm2d",
+    "LayerScale",
+    "LayerScale2d",
     "NormLayer",
     "SqueezeExcite",
     "create_act",

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import (
     batch_norm_act,
+    drop_path_add,
     global_avg_pool,
     global_response_norm,
     layer_norm_2d,
@@ -23,6 +24,7 @@ SUBJECTS.update(
         "global_avg_pool": global_avg_pool.SUBJECT,
         "global_response_norm": global_response_norm.SUBJECT,
         "squeeze_excite": squeeze_excite.SUBJECT,
+        "drop_path_add": drop_path_add.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)
