@@ -1,4 +1,7 @@
-"""`Op.traffic` against what the launches can touch: every map that a launch is given, once."""
+"""`Op.traffic` against what the launches can touch: every map that a launch is given, once.
+
+A launch that is given one map as two arguments finds it in the cache the second time.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +27,8 @@ def maps(value: Any) -> Iterator[torch.Tensor]:
 
 
 def touched(launches: list[Launch]) -> int:
-    return sum(m.numel() * m.element_size() for launch in launches for m in maps(launch.arguments))
+    found = [{id(m): m for m in maps(launch.arguments)}.values() for launch in launches]
+    return sum(m.numel() * m.element_size() for distinct in found for m in distinct)
 
 
 def measure(case: Case, device: torch.device) -> tuple[Traffic, Traffic]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from . import batch_norm_act, scale_bias_act
+from . import batch_norm_act, batch_norm_act_pool, scale_bias_act
 from ._case import DTYPES, LAYOUTS, SUBJECTS, Case, Draw, Inputs, Subject
 
 SUBJECTS.update(
     {
         "scale_bias_act": scale_bias_act.SUBJECT,
         "batch_norm_act": batch_norm_act.SUBJECT,
+        "batch_norm_act_pool": batch_norm_act_pool.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)
