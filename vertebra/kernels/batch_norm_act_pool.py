@@ -135,15 +135,14 @@ def _outputs(
         return x.new_empty(0)
 
     mean, rstd = (x.new_empty(C if training else 0, dtype=_sums_dtype(x)) for _ in range(2))
-    tracked = training and running_mean is not None and running_var is not None
+    new_mean, new_var = absent(), absent()
+    if training and running_mean is not None and running_var is not None:
+        new_mean, new_var = torch.empty_like(running_mean), torch.empty_like(running_var)
     return (
         new(x.dtype),
         new(torch.uint8) if needs_at else absent(),
         new(x.dtype) if needs_peak else absent(),
-        mean,
-        rstd,
-        torch.empty_like(running_mean) if tracked else absent(),
-        torch.empty_like(running_var) if tracked else absent(),
+        *(mean, rstd, new_mean, new_var),
     )
 
 

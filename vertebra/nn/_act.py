@@ -50,13 +50,15 @@ def create_act(
         return act_layer(**kwargs)
 
 
-def fusible_act(act: nn.Module) -> str | None:
-    """Return the name under which an op can run `act` itself, or None.
-
-    A module with hooks stays a call of its own, or its hooks would not fire.
-    """
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether `module` must stay a call of its own, or its hooks would not fire."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(act, name) for name in hooks):
+    return any(getattr(module, name) for name in hooks)
+
+
+def fusible_act(act: nn.Module) -> str | None:
+    """Return the name under which an op can run `act` itself, or None."""
+    if has_hooks(act):
         return None
     if isinstance(act, nn.GELU) and act.approximate != "none":
         return None

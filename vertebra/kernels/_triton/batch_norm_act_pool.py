@@ -199,20 +199,14 @@ def _key(x, vectors, ACT: tl.constexpr, KEEPS_ORDER: tl.constexpr):
 
 
 @triton.jit
-def _row(
-    source,
-    h,
-    row,
-    vectors,
-    ACT: tl.constexpr,
-    KEEPS_ORDER: tl.constexpr,
-    ACC: tl.constexpr,
-    PAIRED: tl.constexpr,
-    UNIT: tl.constexpr,
-):
+def _row(source, h, row, vectors, MODE: tl.constexpr):
     """The winner of row h, which is row `row` of every window."""
+    ACT: tl.constexpr = MODE[0]
+    KEEPS_ORDER: tl.constexpr = MODE[1]
+    ACC: tl.constexpr = MODE[2]
+    PAIRED: tl.constexpr = MODE[3]
     x_ptr, beside_ptr, columns, pairs, places, inside, stride = source
-    down = _down(stride, h, UNIT)
+    down = _down(stride, h, MODE[4])
     left = tl.load(beside_ptr + columns[0] + down, mask=inside, other=0.0).to(ACC)
     if PAIRED:
         x = tl.load(x_ptr + pairs[0] + down, mask=pairs[1], other=0.0).to(ACC)
@@ -247,7 +241,7 @@ def _max_pool_kernel(
 ):
     y_ptr, peak_ptr, at_ptr, x_ptr = maps
     mean_ptr, spread_ptr, weight_ptr, bias_ptr = affine
-    N, C, H, W = sizes
+    _, C, H, W = sizes
     n, j, c, inside, m0, first, last = _walk(sizes, rows, CHANNELS_LAST, UNIT, (BLOCK_M, BLOCK_C))
     mean, rstd = moments(mean_ptr, spread_ptr, c, C, eps, SPREAD_IS_VAR, ACC)
     slope = load_channels(weight_ptr, c, C, ACC, 1.0) * rstd
@@ -274,17 +268,13 @@ def _max_pool_kernel(
     source = (x_ptr, beside_ptr, columns, pairs, places, inside, strides[0])
     out = _at(strides[1], n, c, j, CHANNELS_LAST, UNIT)
 
+    MODE: tl.constexpr = (ACT, KEEPS_ORDER, ACC, PAIRED, FINE_UNIT)
     above = tl.maximum(2 * first - 1, 0)
-    key, x, at = _row(
-        source, above, above - 2 * first + 1, vectors, ACT, KEEPS_ORDER, ACC, PAIRED, FINE_UNIT
-    )
+    key, x, at = _row(source, above, above - 2 * first + 1, vectors, MODE)
     for i in range(first, last):
-        best = _winner(
-            (key, x, at), _row(source, 2 * i, 1, vectors, ACT, KEEPS_ORDER, ACC, PAIRED, FINE_UNIT)
-        )
+        best = _winner((key, x, at), _row(source, 2 * i, 1, vectors, MODE))
         below = tl.minimum(2 * i + 1, H - 1)
-        row = below - 2 * i + 1
-        key, x, at = _row(source, below, row, vectors, ACT, KEEPS_ORDER, ACC, PAIRED, FINE_UNIT)
+        key, x, at = _row(source, below, below - 2 * i + 1, vectors, MODE)
         best = _winner(best, (key, x, at))
         at -= 6  # it is row 0 of the next window
 
@@ -321,9 +311,9 @@ def forward(
         affine = (mean, rstd, weight, bias)
 
     view = _view(tuple(x.shape), (x.stride(),), (y.stride(),))
-    config = _pick(
-        tuple(x.shape), view, x.itemsize, 2048 if view.channels_last else 1024, processors(x.device)
-    )
+    # 8 values a lane are 128 bits; a row of pairs has two for each, and exp and erf take registers
+    tile_bytes = 2048 if view.channels_last and act in _KEEPS_ORDER else 1024
+    config = _pick(tuple(x.shape), view, x.itemsize, tile_bytes, processors(x.device))
     wide = view.channels_last or view.paired
     launch(
         _max_pool_kernel,
@@ -513,6 +503,7 @@ def backward(
     source = x if training or act != "none" else None
     fine = (dx.stride(), dx.stride() if source is None else source.stride())
     view = _view(tuple(dx.shape), fine, (dy.stride(), at.stride()))
+    # four windows and as many pixels take the registers of 8 values a lane
     config = _pick(tuple(dx.shape), view, dx.itemsize, 1024, processors(dx.device))
     wide = view.channels_last or view.paired
     launch(

@@ -1,4 +1,4 @@
-"""The cases of `batch_norm_act_pool`: in training, and with the option "eval" by stored statistics."""
+"""The cases of `batch_norm_act_pool`; the option "eval" has stored statistics normalise."""
 
 from __future__ import annotations
 
@@ -140,8 +140,10 @@ def _tests(base: Case) -> Iterator[Case]:
         yield replace(base, act=act, layout="nhwc", shape=(2, 12, 6, 5))
     for options in ((), ("affine",), ("stats",), ("stats", "eval"), (*_EVAL, "frozen")):
         yield replace(base, layout="nhwc", options=options)
-    for shape, layout in itertools.product(_SHAPES, ("nchw", "nhwc", "sliced")):
-        yield replace(base, shape=shape, layout=layout)
+    layouts: tuple[Layout, ...] = ("nchw", "nhwc", "sliced")
+    for i, shape in enumerate(_SHAPES):
+        for layout in layouts if max(shape[2:]) > 7 else layouts[i % 2 : i % 2 + 2]:
+            yield replace(base, shape=shape, layout=layout)
 
 
 def _gate(base: Case) -> Iterator[Case]:
