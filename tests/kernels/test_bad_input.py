@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vertebra.kernels import batch_norm_act, scale_bias_act
+from vertebra.kernels import batch_norm_act, batch_norm_act_pool, scale_bias_act
 
 C = 3
 X = torch.randn(2, C, 4, 5)
@@ -30,8 +30,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("op", [scale_bias_act, batch_norm_act])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op in (scale_bias_act, batch_norm_act) for name in BAD]
+    + [(batch_norm_act_pool, name) for name in BAD if "residual" not in name],
+)
 def test_bad_input(op, name: str) -> None:
     changed, error, words = BAD[name]
     mean, var = VECTOR.clone(), VECTOR.clone()
@@ -63,6 +66,17 @@ def test_half_of_the_statistics(missing: str) -> None:
 def test_one_value_per_channel_has_no_variance() -> None:
     with pytest.raises(ValueError, match=r"more than one value per channel.*\(1, 3, 1, 1\).*eval"):
         batch_norm_act(torch.randn(1, C, 1, 1))
+
+
+def test_what_cannot_be_pooled() -> None:
+    with pytest.raises(ValueError, match=r"pool: x must have at least one pixel.*\(2, 3, 0, 5\)"):
+        batch_norm_act_pool(torch.randn(2, C, 0, 5))
+    with pytest.raises(ValueError, match=r"more than one value per channel.*\(1, 3, 1, 1\).*eval"):
+        batch_norm_act_pool(torch.randn(1, C, 1, 1))
+    with pytest.raises(ValueError, match="training=False the running statistics.*training=True"):
+        batch_norm_act_pool(X, training=False)
+    with pytest.raises(ValueError, match="both running_mean and running_var"):
+        batch_norm_act_pool(X, running_mean=VECTOR)
 
 
 def test_residual_is_promoted_under_autocast(device: torch.device) -> None:

@@ -60,10 +60,12 @@ def test_traffic_is_what_the_launches_touch(case: Case, device: torch.device) ->
         ("scale_bias_act", RESIDUAL, False, 3, 5),
         ("batch_norm_act", BN, False, 3, 5),
         ("batch_norm_act", RESIDUAL, False, 4, 7),
+        ("batch_norm_act_pool", BN, False, 2.625, 2.875),
+        ("batch_norm_act_pool", (*BN, "eval"), True, 1.375, 2.375),
     ],
 )
 def test_traffic_in_the_documentation(op, options, frozen, forward, backward, device) -> None:
     options = (*options, "frozen") if frozen else options
-    case = example(op, shape=(2, 8, 5, 6), dtype=torch.bfloat16, act="relu", options=options)
-    one = 2 * 8 * 5 * 6 * 2
+    case = example(op, shape=(2, 8, 4, 6), dtype=torch.bfloat16, act="relu", options=options)
+    one = 2 * 8 * 4 * 6 * 2
     assert measure(case, device)[1] == (forward * one, backward * one)

@@ -6,15 +6,11 @@ MAX_POOL = {
     "reads one column for another": ("c, right, CHANNELS_LAST", "c, 2 * j, CHANNELS_LAST"),
     "forgets to renumber the kept row": ("at -= 6", "at -= 3"),
     "loses the last row": ("tl.minimum(2 * i + 1, H - 1)", "tl.minimum(2 * i + 1, H - 2)"),
-    "lets a rising slope decide": (
-        "vectors = (mean, slope, bias)",
-        "vectors = (mean, slope * slope, bias)",
-    ),
 }
 UNPOOL = {
     "forgets the window across": (" + _to(across, 0)", ""),
     "takes a place of another window": ("_to(right, 3)", "_to(right, 5)"),
-    "goes past the last window": ("beside = inside & (j + 1 < OW)", "beside = inside"),
+    "takes a place of its own from below": ("_to(below, 1)", "_to(below, 7)"),
     "keeps the windows above": ("here = below", "here = here"),
     "forgets E[dz]": ("load_channels(sums[1], c, C, ACC, 0.0) / (N * H * W)", "mean * 0.0"),
 }
