@@ -73,7 +73,7 @@ def test_what_cannot_be_pooled() -> None:
         batch_norm_act_pool(torch.randn(2, C, 0, 5))
     with pytest.raises(ValueError, match=r"more than one value per channel.*\(1, 3, 1, 1\).*eval"):
         batch_norm_act_pool(torch.randn(1, C, 1, 1))
-    with pytest.raises(ValueError, match="training=False the running statistics.*training=True"):
+    with pytest.raises(ValueError, match=r"training=False the running statistics.*training=True"):
         batch_norm_act_pool(X, training=False)
     with pytest.raises(ValueError, match="both running_mean and running_var"):
         batch_norm_act_pool(X, running_mean=VECTOR)
