@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from .kernels._op import Call, observe
 
@@ -84,16 +88,24 @@ def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> E
 
 @contextmanager
 def _named_calls(model: nn.Module, path: list[str]) -> Generator[None]:
-    """Keep the qualified name of the running module on top of `path`."""
+    """Keep the qualified name of the running module on top of `path`.
 
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: path.append(name)
+    By hooks that are no module's own: one that has its own is not fused.
+    """
+    names = {module: name for name, module in model.named_modules()}
 
-    def leave(*_: Any) -> None:
-        path.pop()
+    def enter(module: nn.Module, _: Any) -> None:
+        if module in names:
+            path.append(names[module])
 
-    hooks = [m.register_forward_pre_hook(enter(name)) for name, m in model.named_modules()]
-    hooks += [m.register_forward_hook(leave) for m in model.modules()]
+    def leave(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            path.pop()
+
+    hooks = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave),
+    ]
     try:
         yield
     finally:

@@ -5,13 +5,14 @@ import torch
 
 from vertebra.kernels import (
     batch_norm_act,
+    batch_norm_act_pool,
+    drop_path_add,
     global_avg_pool,
     global_response_norm,
     layer_norm_2d,
     scale_bias_act,
     squeeze_excite,
 )
-from vertebra.kernels import batch_norm_act, drop_path_add, scale_bias_act
 
 C = 3
 X = torch.randn(2, C, 4, 5)
@@ -38,8 +39,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("op", [scale_bias_act, batch_norm_act])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op in (scale_bias_act, batch_norm_act) for name in BAD]
+    + [(batch_norm_act_pool, name) for name in BAD if "residual" not in name],
+)
 def test_bad_input(op, name: str) -> None:
     changed, error, words = BAD[name]
     mean, var = VECTOR.clone(), VECTOR.clone()
@@ -66,6 +70,17 @@ def test_mixed_vector_dtypes() -> None:
     half = VECTOR.half()
     with pytest.raises(TypeError, match=r"share one dtype; scale is torch.float16 and bias is"):
         scale_bias_act(X.half(), half, VECTOR)
+
+
+def test_what_cannot_be_pooled() -> None:
+    with pytest.raises(ValueError, match=r"pool: x must have at least one pixel.*\(2, 3, 0, 5\)"):
+        batch_norm_act_pool(torch.randn(2, C, 0, 5))
+    with pytest.raises(ValueError, match=r"more than one value per channel.*\(1, 3, 1, 1\).*eval"):
+        batch_norm_act_pool(torch.randn(1, C, 1, 1))
+    with pytest.raises(ValueError, match=r"training=False the running statistics.*training=True"):
+        batch_norm_act_pool(X, training=False)
+    with pytest.raises(ValueError, match="both running_mean and running_var"):
+        batch_norm_act_pool(X, running_mean=VECTOR)
 
 
 @pytest.mark.parametrize("missing", ["mean", "var"])
@@ -158,6 +173,9 @@ def test_bad_input_of_global_avg_pool(name: str) -> None:
 def test_global_avg_pool_normalises_only_with_eps() -> None:
     with pytest.raises(ValueError, match=r"global_avg_pool: .*belong to LayerNorm; give its eps"):
         global_avg_pool(X, VECTOR, VECTOR)
+
+
+@pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
         ({"x": torch.randn(2, C)}, ValueError, r"\(N, C, H, W\), got \(2, 3\)"),

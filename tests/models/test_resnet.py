@@ -197,7 +197,7 @@ def test_torchvision_users_can_take_the_model_apart(torchvision, randomize):
     headless = [nn.Sequential(*list(model.children())[:-1]) for model in (ours, peer)]
     assert torch.equal(headless[0](x), headless[1](x))
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
-    layers = ["layer1", "layer4"]
+    layers = ["maxpool", "layer1", "layer4"]
     actual, expected = (
         extraction.create_feature_extractor(m, layers, suppress_diff_warning=True).eval()(x)
         for m in (ours, peer)

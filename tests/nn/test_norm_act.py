@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import vertebra
+from vertebra.kernels import _op
 from vertebra.nn import BatchNormAct2d, ConvNormAct, FrozenBatchNormAct2d, create_norm_act, norm_act
 from vertebra.nn._act import fusible_act
 from vertebra.testing.budget import assert_within_budget
@@ -296,3 +297,67 @@ def test_conv_norm_act_as_timm(kwargs: dict, size: int) -> None:
 def test_conv_norm_act_rejects_unknown_padding() -> None:
     with pytest.raises(ValueError, match=r"padding must be '', 'same'.*got 'full'"):
         ConvNormAct(4, 8, 3, padding="full")
+
+
+POOL = partial(nn.MaxPool2d, 3, 2, 1)
+
+
+def ops_of(call) -> list[str]:
+    """Return the names of the ops that a call runs."""
+    seen: list[str] = []
+    with _op.observe(lambda c: seen.append(c.op.name)):
+        call()
+    return seen
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["norm", "frozen"])
+def test_the_pool_of_a_stem_is_absorbed(path: str, training: bool, frozen: bool, device) -> None:
+    norm = randomised((FrozenBatchNormAct2d if frozen else BatchNormAct2d)(4)).to(device)
+    norm.train(training)
+    alone, pool = copy.deepcopy(norm), POOL()
+    x = torch.randn(2, 4, 6, 5, device=device)
+    with vertebra.backend(path):
+        assert ops_of(lambda: norm(x, None, pool)) == ["batch_norm_act_pool"]
+        alone(x)
+        torch.testing.assert_close(norm(x, pool=pool), pool(alone(x)))
+    for (name, a), b in zip(norm.named_buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.Identity(),
+        nn.MaxPool2d(2, 2),
+        nn.MaxPool2d(3, 2),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1),
+        type("Mine", (nn.MaxPool2d,), {})(3, 2, 1),
+    ],
+    ids=str,
+)
+def test_another_pool_is_called(pool: nn.Module, device) -> None:
+    x = torch.randn(2, 4, 6, 5, device=device)
+    for norm in (BatchNormAct2d(4).to(device).eval(), FrozenBatchNormAct2d(4).to(device)):
+        assert ops_of(lambda norm=norm: norm(x, pool=pool)) == ["scale_bias_act"]
+        torch.testing.assert_close(norm(x, pool=pool), pool(norm(x)))
+
+
+def test_what_keeps_a_pool_a_call_of_its_own(device) -> None:
+    x = torch.randn(2, 4, 6, 5, device=device)
+    fused = ["batch_norm_act_pool"]
+    norm, pool = BatchNormAct2d(4).to(device), POOL()
+    assert ops_of(lambda: norm_act(norm, x, nn.ReLU(), pool=pool)) == fused
+    assert ops_of(lambda: norm(x, x, pool)) == ["batch_norm_act"]
+    tanh = BatchNormAct2d(4, act_layer=nn.Tanh).to(device)
+    assert ops_of(lambda: tanh(x, pool=pool)) == ["batch_norm_act"]
+    seen: list[torch.Size] = []
+    for module in (norm, pool):  # what a hook is shown is what the module returns
+        hook = module.register_forward_hook(lambda *a: seen.append(a[2].shape))
+        assert ops_of(lambda: norm_act(norm, x, nn.ReLU(), pool=pool)) == ["batch_norm_act"]
+        hook.remove()
+    assert seen == [(2, 4, 6, 5), (2, 4, 3, 3)]
+    bare = nn.GroupNorm(2, 4).to(device)
+    torch.testing.assert_close(norm_act(bare, x, nn.ReLU(), pool=pool), pool(bare(x).relu()))

@@ -24,10 +24,14 @@ class Line(NamedTuple):
 
 
 def lines() -> Iterator[Line]:
-    """Yield a line for every set of options that the bench cases call an op with."""
-    seen: dict[tuple[str, str, tuple[str, ...]], Case] = {}
+    """Yield a line for every set of options that the bench cases call an op with.
+
+    Options with a value, as a number of hidden channels, make no difference.
+    """
+    seen: dict[tuple[str, ...], Case] = {}
     for case in cases("bench"):
-        seen.setdefault((case.op, case.act, case.options), case)
+        switches = (option for option in case.options if "=" not in option)
+        seen.setdefault((case.op, case.act, *switches), case)
     for case in seen.values():
         _, launched = declared_and_launched(case)
         x = case.inputs("meta")["x"]

@@ -235,8 +235,7 @@ class ResNet(nn.Module):
         """Return the last feature map, (N, num_features, ceil(H / 32), ceil(W / 32))."""
         stem = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
         _check_image(x, stem.weight.shape[1] if isinstance(stem, nn.Conv2d) else None)
-        x = norm_act(self.bn1, self.conv1(x), self.relu)
-        x = self.maxpool(x)
+        x = norm_act(self.bn1, self.conv1(x), self.relu, pool=self.maxpool)
         for name in self.stage_names:
             x = getattr(self, name)(x)
         return x

@@ -10,8 +10,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..kernels import batch_norm_act, scale_bias_act
-from ._act import ActLayer, create_act, fusible_act
+from ..kernels import batch_norm_act, batch_norm_act_pool, scale_bias_act
+from ._act import ActLayer, create_act, fusible_act, has_hooks
 
 NormLayer = Callable[..., nn.Module]
 
@@ -27,11 +27,38 @@ def _counted(y: Tensor, counter: Tensor) -> Tensor:
     return y
 
 
+def _fuses_pool(pool: nn.Module) -> bool:
+    """Return whether `pool` is that of a ResNet's stem, and nobody watches it."""
+    return (
+        type(pool) is nn.MaxPool2d
+        and not has_hooks(pool)
+        and pool.kernel_size in (3, (3, 3))
+        and pool.stride in (2, (2, 2))
+        and pool.padding in (1, (1, 1))
+        and pool.dilation in (1, (1, 1))
+        and not (pool.ceil_mode or pool.return_indices)
+    )
+
+
 class _FusesAct:
-    """The tail of the norm modules: act(drop(norm(x)) + residual), in one op where drop is idle."""
+    """The tail of the norm modules: act(drop(norm(x)) + residual), in one op where drop is idle.
+
+    A max-pool that follows is part of the op where nothing comes between.
+    """
 
     drop: nn.Module
     act: nn.Module
+
+    def _pooled_act(self, x: Tensor, residual: Tensor | None, pool: nn.Module | None) -> str | None:
+        """Return the activation if `pool` can run in one op with all before it, or None.
+
+        A traced graph keeps the pool: feature extractors ask for it by its name.
+        """
+        if pool is None or residual is not None or type(self.drop) is not nn.Identity:
+            return None
+        if isinstance(x, torch.fx.Proxy) or not _fuses_pool(pool):
+            return None
+        return fusible_act(self.act)
 
     def _run(
         self,
@@ -53,9 +80,10 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
     """`act(drop(batch_norm(x)) + residual)`: `torch.nn.BatchNorm2d` that ends in an activation.
 
     Signature, attributes and `state_dict` keys of timm's module of this name; `forward` also takes
-    the residual that a block adds before its last activation. Everything runs as one op
-    (`vertebra.kernels.batch_norm_act`, or `scale_bias_act` when the stored statistics are used)
-    unless `drop_layer` does something or the activation is one the ops do not know.
+    the residual that a block adds before its last activation, and the pool that a stem ends in.
+    Everything runs as one op (`vertebra.kernels.batch_norm_act`, or `scale_bias_act` when the
+    stored statistics are used; `batch_norm_act_pool` with `nn.MaxPool2d(3, 2, 1)`) unless
+    `drop_layer` does something or the activation or the pool is one the ops do not know.
 
     Args:
         num_features: C of the (N, C, H, W) input.
@@ -100,29 +128,45 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
             act_layer if apply_act else None, inplace=inplace, act_kwargs=act_kwargs
         )
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+    ) -> Tensor:
+        fused = self._pooled_act(x, residual, pool)
         if not self.training and self.running_mean is not None:
-            return self._run(
+            if fused is not None:
+                return batch_norm_act_pool(
+                    *(x, self.weight, self.bias, fused),
+                    running_mean=self.running_mean,
+                    running_var=self.running_var,
+                    training=False,
+                    eps=self.eps,
+                )
+            y = self._run(
                 scale_bias_act,
                 *(x, self.weight, self.bias, residual),
                 mean=self.running_mean,
                 var=self.running_var,
                 eps=self.eps,
             )
+            return y if pool is None else pool(y)
         tracks = self.training and self.track_running_stats and self.running_mean is not None
         counter = self.num_batches_tracked if tracks else None
         momentum = self.momentum
         if momentum is None:
             momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
-        y = self._run(
-            batch_norm_act,
-            *(x, self.weight, self.bias, residual),
-            running_mean=self.running_mean if tracks else None,
-            running_var=self.running_var if tracks else None,
-            momentum=momentum,
-            eps=self.eps,
-        )
-        return y if counter is None else _counted(y, counter)
+        statistics: dict[str, Any] = {
+            "running_mean": self.running_mean if tracks else None,
+            "running_var": self.running_var if tracks else None,
+            "momentum": momentum,
+            "eps": self.eps,
+        }
+        if fused is not None:
+            y = batch_norm_act_pool(x, self.weight, self.bias, fused, **statistics)
+        else:
+            y = self._run(batch_norm_act, x, self.weight, self.bias, residual, **statistics)
+        if counter is not None:
+            y = _counted(y, counter)
+        return y if pool is None or fused is not None else pool(y)
 
 
 class FrozenBatchNormAct2d(_FusesAct, nn.Module):
@@ -166,14 +210,26 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._run(
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+    ) -> Tensor:
+        fused = self._pooled_act(x, residual, pool)
+        if fused is not None:
+            return batch_norm_act_pool(
+                *(x, self.weight, self.bias, fused),
+                running_mean=self.running_mean,
+                running_var=self.running_var,
+                training=False,
+                eps=self.eps,
+            )
+        y = self._run(
             scale_bias_act,
             *(x, self.weight, self.bias, residual),
             mean=self.running_mean,
             var=self.running_var,
             eps=self.eps,
         )
+        return y if pool is None else pool(y)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
@@ -214,13 +270,23 @@ def create_norm_act(
     return build(*args, num_features, **kwargs)
 
 
-def norm_act(norm: nn.Module, x: Tensor, act: nn.Module, residual: Tensor | None = None) -> Tensor:
-    """Return `act(norm(x) + residual)` for whatever module stands where a fused norm was built.
+def norm_act(
+    norm: nn.Module,
+    x: Tensor,
+    act: nn.Module,
+    residual: Tensor | None = None,
+    pool: nn.Module | None = None,
+) -> Tensor:
+    """Return `pool(act(norm(x) + residual))` for what stands where a fused norm was built.
 
     That may be one of this library's norms, which carries the activation itself, or a bare one:
     another `norm_layer`, or what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` put in its place.
     """
     if isinstance(norm, _FusesAct):
-        return norm(x, residual)
-    y = norm(x)
-    return act(y if residual is None else y + residual)
+        if pool is not None and not has_hooks(norm):  # a hook is promised what the norm returns
+            return norm(x, residual, pool)
+        y = norm(x, residual)
+    else:
+        y = norm(x)
+        y = act(y if residual is None else y + residual)
+    return y if pool is None else pool(y)

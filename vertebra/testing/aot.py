@@ -12,7 +12,9 @@ in shape or in optional arguments only. A binary fails if
 * it takes more registers (NVIDIA's, per thread) than `REGISTERS` in its module grants the kernel;
 * it accesses a map in smaller pieces than memory allows: where all maps of a launch are contiguous
   along one axis, channels or pixels, v elements (the greatest power of two that divides offset and
-  length of every run along that axis) or 128 bits are one access, unless a lane owns fewer;
+  length of every run along that axis) or 128 bits are one access, unless a lane owns fewer. Its
+  module may declare that a kernel's runs end with the row (`ROWS`), and which arguments it reads
+  or writes element by element (`GATHERS`), both with the reason;
 * it has a dot that is not on tensor cores, or wgmmas that ptxas has serialized.
 """
 
@@ -153,13 +155,17 @@ def _tensors(launch: Launch) -> dict[str, Tensor]:
     return {name: value for name, value in _arguments(launch) if isinstance(value, Tensor)}
 
 
-def contiguity(t: Tensor) -> tuple[str, int]:
+def contiguity(t: Tensor, *, by_rows: bool = False) -> tuple[str, int]:
     """Return the axis that is contiguous in memory, and what divides its runs' offsets and lengths.
+
+    Runs of pixels are as long as memory allows, or end with the row.
 
     >>> contiguity(torch.empty(2, 24, 5, 5).to(memory_format=torch.channels_last))
     ('channels', 24)
     >>> contiguity(torch.empty(2, 24, 14, 14))
     ('pixels', 196)
+    >>> contiguity(torch.empty(2, 24, 14, 14), by_rows=True)
+    ('pixels', 14)
     """
     C = t.shape[1]
     pixels = sorted((t.stride(d), t.shape[d]) for d in (0, 2, 3) if t.shape[d] > 1)
@@ -169,16 +175,26 @@ def contiguity(t: Tensor) -> tuple[str, int]:
         axis, length = "pixels", 1
         while pixels and pixels[0][0] == length:
             length *= pixels.pop(0)[1]
+            if by_rows:
+                break
         others = [stride for stride, _ in pixels] + [t.stride(1)] * (C > 1)
     return axis, math.gcd(length, t.storage_offset(), *others)
 
 
 def required_bits(launch: Launch, target: Target) -> dict[str, int]:
     """Return how wide every access of each map must at least be; the module docstring says why."""
-    maps = {name: t for name, t in _tensors(launch).items() if t.dim() == 4}
+    kernel, module = launch.kernel.__name__, sys.modules[launch.kernel.__module__]
+    gathered = getattr(module, "GATHERS", {}).get(kernel, ())
+    by_rows = kernel in getattr(module, "ROWS", ())
+    maps = {
+        name: t
+        for name, t in _tensors(launch).items()
+        if t.dim() == 4 and name.partition("[")[0] not in gathered
+    }
     C = max((t.shape[1] for t in maps.values()), default=0)
     maps = {name: t for name, t in maps.items() if t.shape[1] == C}  # not values per pixel
-    axes, divisors = zip(*map(contiguity, maps.values()), strict=True) if maps else ((), ())
+    runs = [contiguity(t, by_rows=by_rows) for t in maps.values()]
+    axes, divisors = zip(*runs, strict=True) if runs else ((), ())
     elements = math.gcd(16, *divisors) if len(set(axes)) == 1 else 1
     blocks = [size for name, size in launch.arguments.items() if name.startswith("BLOCK")]
     lanes = launch.arguments["num_warps"] * target.gpu.warp_size

@@ -120,8 +120,9 @@ def _strides_like(x: Tensor, shape: torch.Size) -> tuple[int, ...]:
     if shape == x.shape:
         return like.stride()
     channels_last = len(shape) == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    dense = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, device="meta").contiguous(memory_format=dense).stride()
+    dense = channels_last and not like.is_contiguous()  # else x is both, and NCHW the plain name
+    layout = torch.channels_last if dense else torch.contiguous_format
+    return torch.empty(shape, device="meta", memory_format=layout).stride()
 
 
 @contextmanager

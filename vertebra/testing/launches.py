@@ -55,12 +55,14 @@ def launches(case: Case, wanted: tuple[str, ...]) -> Launches:
 
 def _detached(found: list[Launch]) -> list[Launch]:
     """Cut off autograd's graph, which cannot follow a launch into another process."""
-    return [launch._replace(arguments=_cut(launch.arguments)) for launch in found]
+    return [launch._replace(arguments=_cut(launch.arguments, {})) for launch in found]
 
 
-def _cut(value: Any) -> Any:
+def _cut(value: Any, seen: dict[int, Tensor]) -> Any:
     if isinstance(value, dict):
-        return {k: _cut(v) for k, v in value.items()}
+        return {k: _cut(v, seen) for k, v in value.items()}
     if isinstance(value, tuple):
-        return tuple(_cut(v) for v in value)
-    return value.detach() if isinstance(value, Tensor) else value
+        return tuple(_cut(v, seen) for v in value)
+    if isinstance(value, Tensor):  # one tensor in two places stays one
+        return seen.setdefault(id(value), value.detach())
+    return value

@@ -8,7 +8,7 @@ its separate operations could move.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,17 +43,22 @@ def eager(case: Case) -> Traffic:
 
 
 def launched(launches: list[Launch]) -> int:
-    """Return the bytes that launches can touch."""
-    return sum(_bytes(_tensors(launch.arguments)) for launch in launches)
+    """Return the bytes that launches can touch.
+
+    A launch that is given one map as two arguments finds it in the cache the second time.
+    """
+    found = ({id(t): t for t in _tensors(launch.arguments)} for launch in launches)
+    return sum(_bytes(distinct.values()) for distinct in found)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Add up the maps' bytes; an expanded one has no more than its memory."""
-    return sum(
-        min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
-        for t in tensors
-        if t.dim() == 4
-    )
+    return sum(t.numel() * t.element_size() for t in tensors if t.dim() == 4)
+
+
+def _is_vector(t: Tensor) -> bool:
+    """Return whether `t` has one value per sample, channel, or both, or is such a one expanded."""
+    varies = (n > 1 and stride > 0 for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.dim() != 4 or sum([*varies][1:]) < 2
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -79,8 +84,9 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name not in _NO_TRAFFIC and not func.is_view:
-            reads = _NORMS[name](*args) if name in _NORMS else args
-            self.bytes += _bytes(_tensors(reads)) + _bytes(_tensors(result))
+            reads = _READS[name](*args) if name in _READS else args
+            maps = (t for t in _tensors((reads, result)) if not _is_vector(t))
+            self.bytes += _bytes(maps)
         return result
 
 
@@ -99,4 +105,14 @@ def _batch_norm_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...
     return (dy, x) if wanted[1] else (dy,)
 
 
-_NORMS = {"native_batch_norm": _batch_norm, "native_batch_norm_backward": _batch_norm_backward}
+def _max_pool_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Indices say where dy goes; of x only the shape is needed."""
+    indices: Tensor = rest[5]
+    return (dy, indices)
+
+
+_READS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "native_batch_norm": _batch_norm,
+    "native_batch_norm_backward": _batch_norm_backward,
+    "max_pool2d_with_indices_backward": _max_pool_backward,
+}

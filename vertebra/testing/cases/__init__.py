@@ -7,6 +7,7 @@ from typing import Any
 
 from . import (
     batch_norm_act,
+    batch_norm_act_pool,
     drop_path_add,
     global_avg_pool,
     global_response_norm,
@@ -25,6 +26,7 @@ SUBJECTS.update(
         "global_response_norm": global_response_norm.SUBJECT,
         "squeeze_excite": squeeze_excite.SUBJECT,
         "drop_path_add": drop_path_add.SUBJECT,
+        "batch_norm_act_pool": batch_norm_act_pool.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)
