@@ -302,7 +302,7 @@ def _walk_backward_kernel(
         m = pixel_block(t * BLOCK_M, BLOCK_M, CHANNELS_LAST)
         mean, rstd = load_statistics(statistics, m, M)
         sum_wdy = tl.zeros(TILE, ACC)
-        sum_wdy_xhat = tl.zeros(TILE, ACC)
+        sum_wdy_deviation = tl.zeros(TILE, ACC)
         for i in range(0, tl.cdiv(C, BLOCK_C)):
             c = channel_block(i, BLOCK_C, CHANNELS_LAST)
             tile = (sizes, m, c, (m < M) & (c < C))
@@ -310,9 +310,9 @@ def _walk_backward_kernel(
             dy = load_tile(dy_ptr, strides[1], tile, ACC, CHANNELS_LAST, UNIT)
             x = load_tile(x_ptr, strides[2], tile, ACC, CHANNELS_LAST, UNIT)
             sum_wdy += weight * dy
-            sum_wdy_xhat += weight * dy * ((x - mean) * rstd)
+            sum_wdy_deviation += weight * dy * (x - mean)
         mean_wdy = over_channels(sum_wdy, CHANNELS_LAST) / C
-        mean_wdy_xhat = over_channels(sum_wdy_xhat, CHANNELS_LAST) / C
+        mean_wdy_xhat = over_channels(sum_wdy_deviation, CHANNELS_LAST) * rstd / C
 
         for i in range(0, tl.cdiv(C, BLOCK_C)):
             c = channel_block(i, BLOCK_C, CHANNELS_LAST)
@@ -334,7 +334,8 @@ def _walk_backward_kernel(
                 dbias += over_pixels(dy, CHANNELS_LAST)
                 tl.store(dweight_ptr, dweight, mask=c < C)
                 tl.store(dbias_ptr, dbias, mask=c < C)
-        tl.debug_barrier()  # the next tile may load what another thread has stored
+        if sums_ptr is not None:
+            tl.debug_barrier()  # the next tile may load what another thread has stored
 
 
 def backward(
