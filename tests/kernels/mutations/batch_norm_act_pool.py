@@ -5,7 +5,7 @@ MAX_POOL = {
     "keeps the row above": ("key, x, at = _row(source, below", "_, _, at = _row(source, below"),
     "reads one column for another": ("c, right, CHANNELS_LAST", "c, 2 * j, CHANNELS_LAST"),
     "forgets to renumber the kept row": ("at -= 6", "at -= 3"),
-    "loses the last row": ("tl.minimum(2 * i + 1, H - 1)", "tl.minimum(2 * i + 1, H - 2)"),
+    "loses the row below": ("below = tl.minimum(2 * i + 1,", "below = tl.minimum(2 * i,"),
 }
 UNPOOL = {
     "forgets the window across": (" + _to(across, 0)", ""),
