@@ -83,6 +83,22 @@ def test_refusals(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
     assert paths(lambda: case.run(case.inputs(device))) == [("eager", "triton is not installed")]
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_vectors_with_strides(op: str, device: torch.device) -> None:
+    """Kernels index vectors densely; others are refused, or made dense, and give the same."""
+    case = example(op)
+    inputs = case.inputs(device)
+    strided = {
+        k: torch.stack([v, v], 1)[:, 0] if v is not None and v.dim() == 1 else v
+        for k, v in inputs.items()
+    }
+    with backend("eager"):
+        expected = case.run(inputs)["y"]
+    seen = paths(lambda: torch.testing.assert_close(case.run(strided)["y"], expected))
+    if any(v is not None and v.dim() == 1 and k != "noise" for k, v in inputs.items()):
+        assert seen == [("eager", "a vector that is not contiguous")]
+
+
 def test_a_map_past_32_bits_is_refused() -> None:
     """2^31 pixels and more do not fit the kernels' pixel index; offsets themselves are 64-bit."""
 
@@ -93,7 +109,7 @@ def test_a_map_past_32_bits_is_refused() -> None:
     x = torch.ones(1, 3, 2, 2).as_subclass(Huge)
     if torch.cuda.is_available():
         x = x.cuda()
-    assert "32-bit" in str(_op.refuses_tensor(x))
+    assert "32-bit" in str(_op.refuses(x))
 
 
 def test_compiled_code_guards_on_the_backend(device: torch.device) -> None:

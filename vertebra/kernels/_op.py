@@ -141,8 +141,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_PIXELS = 2**31 - 2**16
 
 
-def refuses_tensor(x: Tensor) -> str | None:
-    """Return why no kernel takes a tensor like `x`: every op's device, dtype and size limits."""
+def refuses(x: Tensor, *rest: Any) -> str | None:
+    """Return why no kernel takes a call with these arguments: the limits that all ops have."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
@@ -154,6 +154,9 @@ def refuses_tensor(x: Tensor) -> str | None:
         return "empty input"
     if numel >= _MAX_PIXELS and numel // x.shape[1] >= _MAX_PIXELS:
         return "N*H*W does not fit a 32-bit pixel index"
+    for v in rest:
+        if isinstance(v, Tensor) and v.dim() == 1 and not v.is_contiguous():
+            return "a vector that is not contiguous"
     return None
 
 

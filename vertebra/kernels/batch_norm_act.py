@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ._act import check_act, finish, needs_input
 from ._check import check_image, check_residual, check_vectors, promote_under_autocast
-from ._op import Op, Traffic, define, refuses_tensor, wants_grad
+from ._op import Op, Traffic, define, refuses, wants_grad
 
 
 def batch_norm_act(
@@ -91,10 +91,6 @@ def _eager(
 ) -> Tensor:
     y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
     return finish(y, residual, act)
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    return refuses_tensor(x)
 
 
 def _outputs(
@@ -218,4 +214,4 @@ def _traffic(
     return Traffic((3 + has_residual) * maps, backward * maps)
 
 
-op = Op("batch_norm_act", _eager, _triton, _refuses, _traffic)
+op = Op("batch_norm_act", _eager, _triton, refuses, _traffic)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ._act import check_act, finish
 from ._check import check_image, check_vectors
-from ._op import Op, Traffic, define, refuses_tensor, wants_grad
+from ._op import Op, Traffic, define, refuses, wants_grad
 
 
 def batch_norm_act_pool(
@@ -98,10 +98,6 @@ def _eager(
 ) -> Tensor:
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return F.max_pool2d(finish(y, None, act), 3, 2, 1)
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    return refuses_tensor(x)
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:
@@ -259,4 +255,4 @@ def _traffic(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) 
     return Traffic(forward, backward)
 
 
-op = Op("batch_norm_act_pool", _eager, _triton, _refuses, _traffic)
+op = Op("batch_norm_act_pool", _eager, _triton, refuses, _traffic)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_image, check_residual, check_vectors, promote_under_autocast
-from ._op import Op, Traffic, define, refuses_tensor, wants_grad
+from ._op import Op, Traffic, define, refuses, wants_grad
 
 
 def drop_path_add(
@@ -72,9 +72,8 @@ def drop_path_add(
     elif noise is None:
         noise = torch.rand(x.shape[0], dtype=torch.float32, device=x.device)
     scale = 1.0 / keep_prob if scale_by_keep and keep_prob > 0.0 else 1.0
-    # the kernels index vectors densely
-    gamma = None if gamma is None else gamma.contiguous()
-    noise = None if noise is None else noise.contiguous()
+    if noise is not None:
+        noise = noise.contiguous()  # one value may have been expanded, to drop all or none
     return op(x, residual, gamma, noise, keep_prob, scale)
 
 
@@ -112,10 +111,6 @@ def _eager(
     if residual is not None:
         y = y + residual
     return x.clone() if y is x else y.to(x.dtype)
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    return refuses_tensor(x)
 
 
 def _output(x: Tensor, *_: Any) -> Tensor:
@@ -192,4 +187,4 @@ def _traffic(x: Tensor, residual: Tensor | None, gamma: Tensor | None, *_: Any) 
     return Traffic((2 + (residual is not None)) * maps, (2 + needs_dgamma) * maps)
 
 
-op = Op("drop_path_add", _eager, _triton, _refuses, _traffic)
+op = Op("drop_path_add", _eager, _triton, refuses, _traffic)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check_image, check_vectors
-from ._op import Op, Traffic, define, refuses_tensor, wants_grad
+from ._op import Op, Traffic, define, refuses, wants_grad
 
 
 def global_avg_pool(
@@ -69,10 +69,6 @@ def _eager(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | N
     p = x.mean((2, 3), dtype=_sums_dtype(x))
     weight, bias = (None if v is None else v.to(p.dtype) for v in (weight, bias))
     return F.layer_norm(p, p.shape[1:], weight, bias, eps).to(x.dtype)
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    return refuses_tensor(x)
 
 
 def _outputs(
@@ -165,4 +161,4 @@ def _traffic(x: Tensor, *_: Any) -> Traffic:
     return Traffic(maps, maps)
 
 
-op = Op("global_avg_pool", _eager, _triton, _refuses, _traffic)
+op = Op("global_avg_pool", _eager, _triton, refuses, _traffic)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_image, check_vectors
-from ._op import Op, Traffic, define, refuses_tensor, wants_grad
+from ._op import Op, Traffic, define, refuses, wants_grad
 
 
 def global_response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -57,10 +57,6 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     g = wide.norm(p=2, dim=(2, 3), keepdim=True)
     r = g / (g.mean(dim=1, keepdim=True) + eps)
     return (wide + torch.addcmul(bias, weight, wide * r)).to(x.dtype)
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    return refuses_tensor(x)
 
 
 def _outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -132,4 +128,4 @@ def _traffic(x: Tensor, *_: Any) -> Traffic:
     return Traffic(3 * maps, 5 * maps)
 
 
-op = Op("global_response_norm", _eager, _triton, _refuses, _traffic)
+op = Op("global_response_norm", _eager, _triton, refuses, _traffic)

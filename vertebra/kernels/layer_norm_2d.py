@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check_image, check_vectors
-from ._op import Op, Traffic, define, refuses_tensor, wants_grad
+from ._op import Op, Traffic, define, refuses, wants_grad
 
 
 def layer_norm_2d(
@@ -59,10 +59,6 @@ def _eager(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
         weight, bias = (None if v is None else v.float() for v in (weight, bias))
     y = F.layer_norm(rows, (x.shape[1],), weight, bias, eps).to(x.dtype).permute(0, 3, 1, 2)
     return y if x.stride(1) == 1 else y.contiguous()  # rows are dense: that is channels_last
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    return refuses_tensor(x)
 
 
 def _outputs(
@@ -142,4 +138,4 @@ def _traffic(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
     return Traffic(2 * maps + saved, 3 * maps + statistics)
 
 
-op = Op("layer_norm_2d", _eager, _triton, _refuses, _traffic)
+op = Op("layer_norm_2d", _eager, _triton, refuses, _traffic)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ._act import check_act, finish, needs_input
 from ._check import check_image, check_residual, check_vectors, promote_under_autocast
-from ._op import Op, Traffic, define, refuses_tensor, wants_grad
+from ._op import Op, Traffic, define, refuses, wants_grad
 
 
 def scale_bias_act(
@@ -81,10 +81,6 @@ def _eager(
         y = x.clone() if scale is None else x * scale[:, None, None]
         y = (y if bias is None else y + bias[:, None, None]).to(x.dtype)
     return finish(y, residual, act)
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    return refuses_tensor(x)
 
 
 def _output(x: Tensor, *_: Any) -> Tensor:
@@ -204,4 +200,4 @@ def _traffic(
     return Traffic((2 + has_residual) * maps, (reads + writes) * maps)
 
 
-op = Op("scale_bias_act", _eager, _triton, _refuses, _traffic)
+op = Op("scale_bias_act", _eager, _triton, refuses, _traffic)

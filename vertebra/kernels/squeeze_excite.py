@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ._act import ACTIVATIONS, GATES, check_act, check_gate, finish, needs_input
 from ._check import check_image, check_parameters, check_residual, promote_under_autocast
-from ._op import Op, Traffic, define, refuses_tensor, wants_grad
+from ._op import Op, Traffic, define, refuses, wants_grad
 
 
 def squeeze_excite(
@@ -119,10 +119,6 @@ def _conv1x1(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
     return F.conv2d(s, weight, None if bias is None else bias.to(s.dtype))
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    return refuses_tensor(x)
 
 
 def _outputs(
@@ -253,4 +249,4 @@ def _traffic(
     return Traffic((3 + has_residual) * maps, backward * maps)
 
 
-op = Op("squeeze_excite", _eager, _triton, _refuses, _traffic)
+op = Op("squeeze_excite", _eager, _triton, refuses, _traffic)
