@@ -99,11 +99,10 @@ def test_image_sum_adds_an_images_splits(splits: int, device) -> None:
 
 
 @parametrize
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_combine(shape, layout, dtype, device) -> None:
+def test_combine(shape, layout, device) -> None:
     """Two maps of different memory formats, a bias and a spread sum; each left out as well."""
     N, C, H, W = shape
-    x, other = two_maps(shape, layout, dtype, device)
+    x, other = two_maps(shape, layout, torch.float16, device)
     other = other.contiguous()
     a, b, spread = torch.randn(3, N, C, device=device).unbind()
     bias = torch.randn(C, device=device)
@@ -121,5 +120,5 @@ def test_combine(shape, layout, dtype, device) -> None:
             truth += bias[:, None, None]
         if "spread" in options:
             truth += spread[:, :, None, None] / (H * W)
-        assert_within_budget("y", y, truth.to(dtype), truth)
+        assert_within_budget("y", y, truth.half(), truth)
     assert geometry(shape, y.stride()).channels_last == geometry(shape, x.stride()).channels_last
