@@ -22,6 +22,12 @@ def check_image(op: str, x: Tensor) -> None:
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}; convert it with .float()")
 
 
+def check_eps(op: str, eps: float) -> None:
+    """Require `eps` to be positive."""
+    if eps <= 0:
+        raise ValueError(f"{op}: eps must be positive, got {eps}")
+
+
 def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
     """Require vectors of shape (C,), on x's device, all of one dtype: x's or float32."""
     channels = x.shape[1:2]
@@ -86,7 +92,8 @@ def check_residual(op: str, x: Tensor, residual: Tensor | None) -> None:
 def promote_under_autocast(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Under autocast, bring x and residual to their common dtype, as the add they replace would."""
     if (
-        residual is not None
+        isinstance(residual, Tensor)
+        and isinstance(x, Tensor)
         and residual.dtype != x.dtype
         and torch.is_autocast_enabled(x.device.type)
     ):

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Generator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,11 +25,16 @@ __all__ = [
     "INTERPRETED",
     "Call",
     "Op",
+    "Registered",
     "Traffic",
     "backend",
     "current_backend",
     "define",
+    "is_plain",
     "observe",
+    "refuses",
+    "wants_grad",
+    "watching",
 ]
 
 Backend = Literal["auto", "triton", "eager"]
@@ -106,15 +114,44 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One contract and its two implementations, all with the same positional arguments."""
+    """One contract and its two implementations, all with the same positional arguments.
+
+    `check` raises for arguments that break the contract, by their types, shapes, devices and flags
+    alone: a call that replays an earlier one (`_triton._replay`) has passed it already.
+    """
 
     name: str
+    check: Callable[..., None]
     eager: Callable[..., Any]
     triton: Callable[..., Any]
     refuses: Callable[..., str | None]
     traffic: Callable[..., Traffic]
 
     def __call__(self, *args: Any) -> Any:
+        x = args[0]
+        if isinstance(x, Tensor) and (x.is_cuda or INTERPRETED) and self._replays(args):
+            return self._replay(*args)
+        return self._run(*args)
+
+    def _replays(self, args: tuple[Any, ...]) -> bool:
+        """Return whether the call is one that a plan may answer."""
+        return (
+            is_plain(args)
+            and _forced != "eager"
+            and _observer is None
+            and not wants_grad(*(a for a in args if isinstance(a, Tensor)))
+        )
+
+    @cached_property
+    def _replay(self) -> Callable[..., Any]:
+        from ._triton._replay import Replay
+
+        schema = getattr(torch.ops.vertebra, self.name).default._schema
+        count = len(signature(self.eager).parameters)
+        return Replay(self._run, [str(argument.type) for argument in schema.arguments[:count]])
+
+    def _run(self, *args: Any) -> Any:
+        self.check(*args)
         reason = "backend is set to eager" if _forced == "eager" else self.refuses(*args)
         if reason is not None and _forced == "triton":
             raise NotImplementedError(
@@ -157,45 +194,81 @@ def refuses(x: Tensor, *rest: Any) -> str | None:
     for v in rest:
         if isinstance(v, Tensor) and v.dim() == 1 and not v.is_contiguous():
             return "a vector that is not contiguous"
+    if any(isinstance(v, Tensor) and v.is_neg() for v in (x, *rest)):
+        return "a view that PyTorch has yet to negate"
     return None
 
 
 _library = torch.library.Library("vertebra", "FRAGMENT")
 
 
-def define(
-    schema: str, fake: Callable[..., Any]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Registered]:
     """Register a device implementation as the functional torch op `vertebra::<schema>`.
 
-    Returns the op handle in place of the decorated function. Plain `define`/`impl` with the
-    `autograd.Function` outside costs a quarter of what `torch.library.custom_op` costs per call.
+    Plain `define`/`impl` with the `autograd.Function` outside costs a quarter of what
+    `torch.library.custom_op` costs per call.
     """
     name = schema.partition("(")[0]
 
-    def register(impl: Callable[..., Any]) -> Callable[..., Any]:
+    def register(impl: Callable[..., Any]) -> Registered:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        op = getattr(torch.ops.vertebra, name).default
-        _library.impl(name, _replaying(impl, op), "CompositeExplicitAutograd")
+        registered = Registered(getattr(torch.ops.vertebra, name).default, impl)
+        _library.impl(name, _Replaying(registered.op, impl), "CompositeExplicitAutograd")
         torch.library.register_fake(f"vertebra::{name}", fake, lib=_library)
-        return op
+        return registered
 
     return register
 
 
-def _replaying(impl: Callable[..., Any], op: Any) -> Callable[..., Any]:
-    """Return `impl` as repeated by `_triton._replay`, which is imported by the first call."""
-    replay: Callable[..., Any] | None = None
+class Registered:
+    """A registered op, which plain eager calls reach without PyTorch's dispatcher."""
 
-    def run(*args: Any) -> Any:
-        nonlocal replay
-        if replay is None:
+    def __init__(self, op: Any, impl: Callable[..., Any]) -> None:
+        self.op = op
+        self._direct = _Replaying(op, impl)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._direct(*args) if is_plain(args) else self.op(*args)
+
+    def in_place(self, impl: Callable[..., Any]) -> Callable[..., Any]:
+        """Make `impl` what plain eager calls run, which may write to arguments of the op."""
+        self._direct = _Replaying(self.op, impl)
+        return impl
+
+
+class _Replaying:
+    """An implementation as repeated by `_triton._replay`, which the first call imports."""
+
+    def __init__(self, op: Any, impl: Callable[..., Any]) -> None:
+        self._op, self._impl = op, impl
+        self._replay: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._replay is None:
             from ._triton._replay import Replay
 
-            replay = Replay(impl, [str(argument.type) for argument in op._schema.arguments])
-        return replay(*args)
+            types = [str(argument.type) for argument in self._op._schema.arguments]
+            self._replay = Replay(self._impl, types)
+        return self._replay(*args)
 
-    return run
+
+class _Watching(threading.local):
+    depth: int = 0
+
+
+watching = _Watching()
+"""How many dispatch modes of our own watch this thread without changing what it does."""
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple}
+
+
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Return whether PyTorch just runs what it is told: nothing traces, transforms or wraps it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > watching.depth  # pyright: ignore
+        or torch._C._are_functorch_transforms_active()  # pyright: ignore
+    ) and _PLAIN.issuperset(map(type, args))
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

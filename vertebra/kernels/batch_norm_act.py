@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._act import check_act, finish, needs_input
-from ._check import check_image, check_residual, check_vectors, promote_under_autocast
+from ._check import check_eps, check_image, check_residual, check_vectors, promote_under_autocast
 from ._op import Op, Traffic, define, refuses, wants_grad
 
 
@@ -58,24 +58,35 @@ def batch_norm_act(
     >>> batch_norm_act(x, act="relu", eps=1e-12).flatten()
     tensor([0., 1.])
     """
+    check_eps("batch_norm_act", eps)
+    x, residual = promote_under_autocast(x, residual)
+    return op(x, weight, bias, residual, running_mean, running_var, momentum, eps, act)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    act: str,
+) -> None:
     name = "batch_norm_act"
     check_image(name, x)
     vectors = {"weight": weight, "bias": bias}
     check_vectors(name, x, **vectors, running_mean=running_mean, running_var=running_var)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: give both running_mean and running_var, or neither")
-    if eps <= 0:
-        raise ValueError(f"{name}: eps must be positive, got {eps}")
-    N, _, H, W = x.shape
-    if N * H * W == 1:
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(
             f"{name}: training needs more than one value per channel, got x of shape "
             f"{tuple(x.shape)}; use a larger batch or image, or eval mode"
         )
     check_act(name, act)
-    x, residual = promote_under_autocast(x, residual)
     check_residual(name, x, residual)
-    return op(x, weight, bias, residual, running_mean, running_var, momentum, eps, act)
 
 
 def _eager(
@@ -122,6 +133,16 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _outputs(*args)
     kernels.forward(outputs, *args)
     return outputs
+
+
+@_forward.in_place
+def _forward_in_place(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Advance the running statistics where they are: there is nothing left to publish."""
+    from ._triton import batch_norm_act as kernels
+
+    y, mean, rstd, no_mean, no_var = _outputs(*args[:4], None, None)
+    kernels.forward((y, mean, rstd, *args[4:6]), *args)
+    return y, mean, rstd, no_mean, no_var
 
 
 def _gradients(
@@ -214,4 +235,4 @@ def _traffic(
     return Traffic((3 + has_residual) * maps, backward * maps)
 
 
-op = Op("batch_norm_act", _eager, _triton, refuses, _traffic)
+op = Op("batch_norm_act", _check, _eager, _triton, refuses, _traffic)

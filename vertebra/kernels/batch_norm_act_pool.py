@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._act import check_act, finish
-from ._check import check_image, check_vectors
+from ._check import check_eps, check_image, check_vectors
 from ._op import Op, Traffic, define, refuses, wants_grad
 
 
@@ -61,6 +61,21 @@ def batch_norm_act_pool(
     >>> batch_norm_act_pool(x, training=False, eps=1e-12, **stats).flatten()
     tensor([0., 0., 5., 7.])
     """
+    check_eps("batch_norm_act_pool", eps)
+    return op(x, weight, bias, running_mean, running_var, training, momentum, eps, act)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: str,
+) -> None:
     name = "batch_norm_act_pool"
     check_image(name, x)
     if x.shape[2] == 0 or x.shape[3] == 0:
@@ -74,15 +89,12 @@ def batch_norm_act_pool(
             f"{name}: with training=False the running statistics normalise; "
             "give running_mean and running_var, or training=True"
         )
-    if eps <= 0:
-        raise ValueError(f"{name}: eps must be positive, got {eps}")
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(
             f"{name}: training needs more than one value per channel, got x of shape "
             f"{tuple(x.shape)}; use a larger batch or image, or eval mode"
         )
     check_act(name, act)
-    return op(x, weight, bias, running_mean, running_var, training, momentum, eps, act)
 
 
 def _eager(
@@ -155,6 +167,18 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     outputs = _outputs(*args)
     kernels.forward(outputs, *args[:-2])
     return outputs
+
+
+@_forward.in_place
+def _forward_in_place(*args: Any) -> tuple[Tensor, ...]:
+    """Advance the running statistics where they are: there is nothing left to publish."""
+    from ._triton import batch_norm_act_pool as kernels
+
+    call = args[:9]
+    x, weight, bias, running_mean, running_var, *rest = args
+    *outputs, no_mean, no_var = _outputs(x, weight, bias, None, None, *rest)
+    kernels.forward((*outputs, running_mean, running_var), *call)
+    return *outputs, no_mean, no_var
 
 
 def _gradients(
@@ -255,4 +279,4 @@ def _traffic(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) 
     return Traffic(forward, backward)
 
 
-op = Op("batch_norm_act_pool", _eager, _triton, refuses, _traffic)
+op = Op("batch_norm_act_pool", _check, _eager, _triton, refuses, _traffic)

@@ -60,12 +60,9 @@ def drop_path_add(
     """
     name = "drop_path_add"
     check_image(name, x)
-    check_vectors(name, x, gamma=gamma)
     if not 0.0 <= drop_prob <= 1.0:
         raise ValueError(f"{name}: drop_prob must be a probability of [0, 1], got {drop_prob}")
-    _check_noise(name, x, noise)
     x, residual = promote_under_autocast(x, residual)
-    check_residual(name, x, residual)
     keep_prob = 1.0 - drop_prob
     if drop_prob == 0.0:
         noise = None
@@ -77,7 +74,18 @@ def drop_path_add(
     return op(x, residual, gamma, noise, keep_prob, scale)
 
 
-def _check_noise(op: str, x: Tensor, noise: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    noise: Tensor | None,
+    keep_prob: float,
+    scale: float,
+) -> None:
+    op = "drop_path_add"
+    check_image(op, x)
+    check_vectors(op, x, gamma=gamma)
+    check_residual(op, x, residual)
     if noise is None:
         return
     if noise.dim() != 1 or noise.shape[0] != x.shape[0]:
@@ -187,4 +195,4 @@ def _traffic(x: Tensor, residual: Tensor | None, gamma: Tensor | None, *_: Any) 
     return Traffic((2 + (residual is not None)) * maps, (2 + needs_dgamma) * maps)
 
 
-op = Op("drop_path_add", _eager, _triton, refuses, _traffic)
+op = Op("drop_path_add", _check, _eager, _triton, refuses, _traffic)

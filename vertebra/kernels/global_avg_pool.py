@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_image, check_vectors
+from ._check import check_eps, check_image, check_vectors
 from ._op import Op, Traffic, define, refuses, wants_grad
 
 
@@ -49,18 +49,21 @@ def global_avg_pool(
     >>> global_avg_pool(x, torch.ones(2), torch.zeros(2), eps=1e-12)
     tensor([[-1.,  1.]])
     """
-    name = "global_avg_pool"
-    check_image(name, x)
-    check_vectors(name, x, weight=weight, bias=bias)
-    if eps is None and not (weight is None and bias is None):
-        raise ValueError(f"{name}: weight and bias belong to LayerNorm; give its eps, or leave out")
-    if eps is not None and eps <= 0:
-        raise ValueError(f"{name}: eps must be positive, got {eps}")
+    if eps is not None:
+        check_eps("global_avg_pool", eps)
     return op(x, weight, bias, eps)
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> None:
+    name = "global_avg_pool"
+    check_image(name, x)
+    check_vectors(name, x, weight=weight, bias=bias)
+    if eps is None and not (weight is None and bias is None):
+        raise ValueError(f"{name}: weight and bias belong to LayerNorm; give its eps, or leave out")
 
 
 def _eager(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
@@ -161,4 +164,4 @@ def _traffic(x: Tensor, *_: Any) -> Traffic:
     return Traffic(maps, maps)
 
 
-op = Op("global_avg_pool", _eager, _triton, refuses, _traffic)
+op = Op("global_avg_pool", _check, _eager, _triton, refuses, _traffic)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._check import check_image, check_vectors
+from ._check import check_eps, check_image, check_vectors
 from ._op import Op, Traffic, define, refuses, wants_grad
 
 
@@ -39,16 +39,17 @@ def global_response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
     >>> global_response_norm(x, torch.ones(2), torch.zeros(2), eps=1e-12).flatten()
     tensor([ 9., 12.,  0.,  0.])
     """
-    name = "global_response_norm"
-    check_image(name, x)
-    check_vectors(name, x, weight=weight, bias=bias)
-    if eps <= 0:
-        raise ValueError(f"{name}: eps must be positive, got {eps}")
+    check_eps("global_response_norm", eps)
     return op(x, weight, bias, eps)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    check_image("global_response_norm", x)
+    check_vectors("global_response_norm", x, weight=weight, bias=bias)
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -128,4 +129,4 @@ def _traffic(x: Tensor, *_: Any) -> Traffic:
     return Traffic(3 * maps, 5 * maps)
 
 
-op = Op("global_response_norm", _eager, _triton, refuses, _traffic)
+op = Op("global_response_norm", _check, _eager, _triton, refuses, _traffic)

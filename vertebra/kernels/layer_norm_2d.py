@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_image, check_vectors
+from ._check import check_eps, check_image, check_vectors
 from ._op import Op, Traffic, define, refuses, wants_grad
 
 
@@ -41,12 +41,13 @@ def layer_norm_2d(
     >>> layer_norm_2d(x, torch.tensor([1.0, 2.0]), torch.tensor([0.0, 5.0]), eps=1e-12).flatten()
     tensor([-1.,  7.])
     """
-    name = "layer_norm_2d"
-    check_image(name, x)
-    check_vectors(name, x, weight=weight, bias=bias)
-    if eps <= 0:
-        raise ValueError(f"{name}: eps must be positive, got {eps}")
+    check_eps("layer_norm_2d", eps)
     return op(x, weight, bias, eps)
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    check_image("layer_norm_2d", x)
+    check_vectors("layer_norm_2d", x, weight=weight, bias=bias)
 
 
 def _eager(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -138,4 +139,4 @@ def _traffic(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
     return Traffic(2 * maps + saved, 3 * maps + statistics)
 
 
-op = Op("layer_norm_2d", _eager, _triton, refuses, _traffic)
+op = Op("layer_norm_2d", _check, _eager, _triton, refuses, _traffic)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._act import check_act, finish, needs_input
-from ._check import check_image, check_residual, check_vectors, promote_under_autocast
+from ._check import check_eps, check_image, check_residual, check_vectors, promote_under_autocast
 from ._op import Op, Traffic, define, refuses, wants_grad
 
 
@@ -52,17 +52,28 @@ def scale_bias_act(
     >>> scale_bias_act(x, torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0]), act="relu").flatten()
     tensor([0., 5.])
     """
+    check_eps("scale_bias_act", eps)
+    x, residual = promote_under_autocast(x, residual)
+    return op(x, scale, bias, residual, mean, var, eps, act)
+
+
+def _check(
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    act: str,
+) -> None:
     name = "scale_bias_act"
     check_image(name, x)
     check_vectors(name, x, scale=scale, bias=bias, mean=mean, var=var)
     if (mean is None) != (var is None):
         raise ValueError(f"{name}: give both mean and var, or neither")
-    if var is not None and eps <= 0:
-        raise ValueError(f"{name}: eps must be positive, got {eps}")
     check_act(name, act)
-    x, residual = promote_under_autocast(x, residual)
     check_residual(name, x, residual)
-    return op(x, scale, bias, residual, mean, var, eps, act)
 
 
 def _eager(
@@ -200,4 +211,4 @@ def _traffic(
     return Traffic((2 + has_residual) * maps, (reads + writes) * maps)
 
 
-op = Op("scale_bias_act", _eager, _triton, refuses, _traffic)
+op = Op("scale_bias_act", _check, _eager, _triton, refuses, _traffic)

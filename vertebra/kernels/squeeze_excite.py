@@ -55,15 +55,28 @@ def squeeze_excite(
     >>> squeeze_excite(x, W1, None, W2, None, gate="hard_sigmoid").flatten()
     tensor([ 0.8333,  2.5000, -0.0000,  0.0000])
     """
+    x, residual = promote_under_autocast(x, residual)
+    return op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, act, gate, out_act)
+
+
+def _check(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    gate: str,
+    out_act: str,
+) -> None:
     name = "squeeze_excite"
     check_image(name, x)
     _check_weights(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_act(name, act)
     check_gate(name, gate)
     check_act(name, out_act, "out_act")
-    x, residual = promote_under_autocast(x, residual)
     check_residual(name, x, residual)
-    return op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, act, gate, out_act)
 
 
 def _check_weights(
@@ -249,4 +262,4 @@ def _traffic(
     return Traffic((3 + has_residual) * maps, backward * maps)
 
 
-op = Op("squeeze_excite", _eager, _triton, refuses, _traffic)
+op = Op("squeeze_excite", _check, _eager, _triton, refuses, _traffic)

@@ -54,6 +54,11 @@ def capturing() -> bool:
     return _capture is not None
 
 
+def recording() -> bool:
+    """Return whether this thread's launches are being recorded."""
+    return _record.launches is not None
+
+
 @contextmanager
 def recorded(*, runs: bool = True) -> Generator[list[tuple[Launch, Any]]]:
     """Record this thread's launches, each with the binary that served it; None if not `runs`."""

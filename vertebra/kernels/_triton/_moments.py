@@ -60,7 +60,7 @@ def _moments_kernel(
         x = load_tile(x_ptr, stride, tile, ACC, CHANNELS_LAST, UNIT)
         seen += 1
         delta = tl.where(m < stop, x - mean, 0.0)  # a lane past the end learns nothing
-        mean += delta * (1.0 / seen)
+        mean += delta * (tl.full((), 1.0, ACC) / seen)
         m2 += delta * (x - mean)
 
     # lane j has seen the pixels start + j, start + j + BLOCK_M, ... before stop

@@ -34,7 +34,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from ._launch import Launch, capturing, recorded
+from .._op import watching
+from ._launch import Launch, capturing, recorded, recording
 
 MAX_SIGNATURES = 4096  # of one op: a network has tens; more only where image sizes vary
 ALIGNMENT = 16  # bytes: what the JIT asks of a pointer; torch allocates at multiples of 64 and more
@@ -72,7 +73,9 @@ class Replay:
         self._tensors = picker([i for i, t in enumerate(types) if t in _TENSORS])
         self._float_places = [i for i, t in enumerate(types) if t == "float"]
         self._floats = picker(self._float_places)
-        self._rest = picker([i for i, t in enumerate(types) if t not in (*_TENSORS, "float")])
+        self._lists = picker([i for i, t in enumerate(types) if t == "List[int]"])
+        keyed = (*_TENSORS, "float", "List[int]")
+        self._rest = picker([i for i, t in enumerate(types) if t not in keyed])
         self._floats_decide = False
         _replays.append(self)
 
@@ -86,12 +89,14 @@ class Replay:
         pointers = [t.data_ptr() for t in tensors]
         key = (
             *self._rest(args),
+            *map(tuple, self._lists(args)),
             *map(is_, maybe, repeat(None)),
             *map(_SHAPE, tensors),
             *map(_STRIDE, tensors),
             *map(_DTYPE, tensors),
             *map(_DEVICE, tensors),
             *map(_MISALIGNMENT, pointers),
+            *map(_IS_NEGATED, tensors),
             *(floats if self._floats_decide else ()),
         )
         plan = self.plans.get(key)
@@ -177,7 +182,7 @@ _TENSORS = ("Tensor", "Optional[Tensor]")
 # mapped over tensors: half of what attributes and methods cost in a loop
 _SHAPE: Callable[[Tensor], Any] = inspect.getattr_static(Tensor, "shape").__get__
 _DTYPE: Callable[[Tensor], Any] = inspect.getattr_static(Tensor, "dtype").__get__
-_STRIDE, _DEVICE = Tensor.stride, Tensor.get_device
+_STRIDE, _DEVICE, _IS_NEGATED = Tensor.stride, Tensor.get_device, Tensor.is_neg
 _MISALIGNMENT = (ALIGNMENT - 1).__and__
 _SEEN_ONCE, _ORDINARY = "seen once", "ordinary"
 
@@ -347,6 +352,14 @@ class _Watch(TorchDispatchMode):
 
     computes = False
 
+    def __enter__(self) -> _Watch:
+        watching.depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        watching.depth -= 1
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -359,6 +372,8 @@ def _is_watched() -> bool:
     runtime = knobs.runtime
     return bool(
         capturing()
+        or recording()
+        or runtime.interpret
         or _callees(runtime.launch_enter_hook)
         or _callees(runtime.launch_exit_hook)
         or runtime.debug
