@@ -116,18 +116,18 @@ class Config(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _pick(
-    shape: tuple[int, int, int, int], view: View, itemsize: int, tile_bytes: int, sms: int
-) -> Config:
+def _pick(shape: tuple[int, int, int, int], view: View, itemsize: int, sms: int) -> Config:
     """Choose a tile, and the longest walks that still leave 16 programs to a multiprocessor.
 
+    A lane owns 8 bytes of y: with 16, two rows of windows and what is kept of a third take more
+    than 128 registers. The pairs of a row are 16 bytes of x a lane even so.
     The first row of a walk is read by the walk above too: long walks read less. 16 programs are
     four waves of the four that fit at once, so that the last one, partly empty, costs little.
     """
     N, C, H, W = shape
     M, OH = N * ((W + 1) // 2), (H + 1) // 2
     flat = Geometry((M, C, 1, 1), (), view.channels_last, view.coarse_unit)
-    BLOCK_M, BLOCK_C, _, _ = pick(flat, itemsize, tile_bytes=tile_bytes)
+    BLOCK_M, BLOCK_C, _, _ = pick(flat, itemsize, tile_bytes=1024)
     num_warps = max(1, min(4, BLOCK_M * BLOCK_C // 64))  # a window takes registers
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(C, BLOCK_C)
     rows = triton.cdiv(OH, min(OH, triton.cdiv(16 * sms, tiles)))
@@ -311,9 +311,7 @@ def forward(
         affine = (mean, rstd, weight, bias)
 
     view = _view(tuple(x.shape), (x.stride(),), (y.stride(),))
-    # 8 values a lane are 128 bits; a row of pairs has two for each, and exp and erf take registers
-    tile_bytes = 2048 if view.channels_last and act in _KEEPS_ORDER else 1024
-    config = _pick(tuple(x.shape), view, x.itemsize, tile_bytes, processors(x.device))
+    config = _pick(tuple(x.shape), view, x.itemsize, processors(x.device))
     wide = view.channels_last or view.paired
     launch(
         _max_pool_kernel,
@@ -503,8 +501,7 @@ def backward(
     source = x if training or act != "none" else None
     fine = (dx.stride(), dx.stride() if source is None else source.stride())
     view = _view(tuple(dx.shape), fine, (dy.stride(), at.stride()))
-    # four windows and as many pixels take the registers of 8 values a lane
-    config = _pick(tuple(dx.shape), view, dx.itemsize, 1024, processors(dx.device))
+    config = _pick(tuple(dx.shape), view, dx.itemsize, processors(dx.device))
     wide = view.channels_last or view.paired
     launch(
         _unpool_kernel,
