@@ -82,8 +82,8 @@ def _pick(view: Geometry, N: int, R: int, itemsize: int, programs: int) -> Confi
     """Choose what a program of a map-sized pass owns: see the module docstring.
 
     At least 8 tiles, behind which the latency of the fc hides, unless that leaves fewer than
-    `programs` programs. The fc's partial sums take 32 registers a lane. Rows of 64 channels are
-    whole cache lines, and leave room for twice the images that rows of 128 do.
+    `programs` programs. The fc's partial sums take 32 registers a lane, 64 for 8 images. Rows of 64
+    channels are whole cache lines, and leave room for twice the images that rows of 128 do.
     """
     M, C = view.sizes[:2]
     P = M // N
@@ -93,9 +93,9 @@ def _pick(view: Geometry, N: int, R: int, itemsize: int, programs: int) -> Confi
     least = max(16 * R // itemsize, 8 * BLOCK_M)
     pixels = max(BLOCK_M, min(least, M * triton.cdiv(C, BLOCK_C) // programs))
     partials = num_warps * (1024 if itemsize < 8 else 512) // BLOCK_C
-    images = max(1, min(pixels // P, N, partials // 8))  # 8 weights in a row are a sector
+    images = max(1, min(pixels // P, N, 8, partials // 8))
     IMAGES = 1 << (int(images).bit_length() - 1)
-    CHUNK = min(triton.next_power_of_2(R), max(1, partials // IMAGES))
+    CHUNK = min(triton.next_power_of_2(R), max(16, partials // IMAGES))  # 64 bytes of a row
     tiles = triton.cdiv(P, BLOCK_M)
     splits = triton.cdiv(tiles, pixels // BLOCK_M)
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # as even as whole tiles allow
@@ -113,6 +113,7 @@ class Product(NamedTuple):
     ROWS: int
     CHUNK: int
     BLOCK_S: int
+    num_warps: int
 
 
 def _pick_product(N: int, R: int, C: int, splits: int, dtype: torch.dtype) -> Product:
@@ -121,8 +122,9 @@ def _pick_product(N: int, R: int, C: int, splits: int, dtype: torch.dtype) -> Pr
     images = min(8, triton.next_power_of_2(N))
     rows = min(16, triton.next_power_of_2(R))
     chunk = min(triton.next_power_of_2(C), partials // (images * rows))
-    together = min(triton.next_power_of_2(splits), partials // (images * chunk))
-    return Product(images, rows, chunk, together)
+    together = min(triton.next_power_of_2(splits), partials // 2 // (images * chunk) or 1)
+    values = images * chunk * max(rows, together)
+    return Product(images, rows, chunk, together, max(1, min(8, values // 1024)))
 
 
 @triton.jit
@@ -311,7 +313,6 @@ def forward(
         P=x.shape[2] * x.shape[3],
         splits=splits,
         **product._asdict(),
-        num_warps=8,
     )
     _pass(
         _scale_kernel,
@@ -620,7 +621,6 @@ def backward(
         DGATE=GATES[gate][1],
         DACT=ACTIVATIONS[act][1],
         **product._asdict(),
-        num_warps=8,
     )
     identity = ACTIVATIONS["none"][0]
     if needs_weights:

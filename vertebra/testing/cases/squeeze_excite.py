@@ -141,13 +141,14 @@ def _tests(base: Case) -> Iterator[Case]:
     for options in ((), ("bias",), ("residual",), ("half", *FULL)):
         yield replace(base, dtype=torch.bfloat16, options=options)
     yield replace(base, options=(*FULL, "frozen"))
-    yield from of_odd_shapes(base, FULL)
+    # the interpreter takes seconds for 70 images, each of which is a program of several launches
+    yield from (case for case in of_odd_shapes(base, FULL) if case.shape[0] < 70)
     # hidden channels: one, no power of two, more than the channels
     for R in (1, 5, 70):
         yield replace(base, options=(*FULL, f"r={R}"))
+    yield replace(base, shape=(1, 3712, 1, 2), layout="nhwc", options=(*FULL, "r=20"))
     for layout in ("nchw", "nhwc"):
-        yield replace(base, shape=(1, 3712, 3, 2), layout=layout, options=(*FULL, "r=20"))
-        yield replace(base, shape=(19, 24, 7, 7), layout=layout)  # more images than a program owns
+        yield replace(base, shape=(9, 24, 7, 7), layout=layout)  # more images than a program owns
         yield replace(
             base, shape=(1, 8, 60, 50), layout=layout
         )  # more splits than are added at once
