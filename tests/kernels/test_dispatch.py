@@ -99,6 +99,17 @@ def test_vectors_with_strides(op: str, device: torch.device) -> None:
         assert seen == [("eager", "a vector that is not contiguous")]
 
 
+def test_what_is_not_plain_goes_through_the_dispatcher(device: torch.device) -> None:
+    """A negation that PyTorch has put off is made up for before a kernel reads the memory."""
+    case = example("scale_bias_act")
+    inputs = case.inputs(device)
+    x = inputs["x"]
+    assert x is not None
+    inputs["x"] = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert inputs["x"].is_neg()
+    torch.testing.assert_close(case.run(inputs)["y"], case.run(case.inputs(device))["y"])
+
+
 def test_a_map_past_32_bits_is_refused() -> None:
     """2^31 pixels and more do not fit the kernels' pixel index; offsets themselves are 64-bit."""
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +29,7 @@ from vertebra.kernels._triton._launch import captured, launch
 from vertebra.kernels._triton._replay import Plan, Replay
 from vertebra.kernels._triton._stand_in import stand_in
 from vertebra.testing.cases import Case, cases
+from vertebra.testing.contract import leaves_of
 
 LAUNCHED: list[tuple[Any, ...]] = []
 """What binaries were entered with, themselves first."""
@@ -143,11 +145,7 @@ def spied(case: Case, inputs, seen: list) -> None:
 def test_declared_cases_are_replayed_as_they_are_launched() -> None:
     for case in [*cases("compile"), *cases("test")[::11]]:  # all of them are many minutes
         inputs = case.inputs("cpu")
-        if inputs["x"].numel() == 0:
-            continue
-        for name in ("x", "weight", "bias", "residual"):
-            if inputs.get(name) is not None:
-                inputs[name].requires_grad_()
+        inputs |= leaves_of(case, inputs)
         _replay.forget()
         runs: list[list] = [[], [], []]
         for seen in runs:
@@ -156,10 +154,33 @@ def test_declared_cases_are_replayed_as_they_are_launched() -> None:
         for ordinary, recorded, replayed in zip(*runs, strict=True):
             assert ordinary[2], case
             assert_same(ordinary, recorded)
-            assert_same(ordinary, replayed)
-            assert not any(isinstance(v, Tensor) for m in replayed[2] for v in _flat(m)), case
-        plans = [plan for replay in _replay._replays for plan in replay.plans.values()]
-        assert [type(plan) for plan in plans] == [Plan, Plan], case
+            assert_replayed(ordinary, replayed)
+        assert [type(plan) for plan in _plans()] == [Plan, Plan], case
+
+
+@jitted
+def test_without_gradients_the_whole_op_is_replayed() -> None:
+    for case in cases("compile")[::2]:
+        inputs = case.inputs("cpu")
+        _replay.forget()
+        runs: list[list] = [[], [], []]
+        for seen in runs:
+            spied(case, inputs, seen)
+        # the op's own replay comes last; at first that of the registered op is inside of it
+        assert len(runs[0]) == 2, case
+        assert len(runs[2]) == 1, case
+        assert runs[0][-1][2], case
+        assert_replayed(runs[0][-1], runs[2][-1])
+        assert Plan in map(type, _plans()), case
+
+
+def assert_replayed(ordinary, replayed) -> None:
+    assert_same(ordinary, replayed)
+    assert not any(isinstance(v, Tensor) for launch in replayed[2] for v in _flat(launch))
+
+
+def _plans() -> list[Plan | str]:
+    return [plan for replay in _replay._replays for plan in replay.plans.values()]
 
 
 @triton.jit
@@ -176,6 +197,7 @@ def scale(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
     return y
 
 
+ONLOOKERS = SimpleNamespace(depth=0)
 TYPES = ("Tensor", "Optional[Tensor]", "float", "str")
 
 
@@ -188,7 +210,7 @@ def agree(replay: Replay, *args: Any, times: int = 3) -> None:
 
 @jitted
 def test_whatever_a_binary_depends_on_is_told_apart() -> None:
-    replay = Replay(scale, TYPES)
+    replay = Replay(scale, TYPES, ONLOOKERS)
     memory = torch.zeros(4096)
     x, bias = memory[:64], torch.zeros(64)
     variants = [
@@ -214,7 +236,7 @@ def test_whatever_a_binary_depends_on_is_told_apart() -> None:
 
 @jitted
 def test_floats_are_handed_on_not_kept() -> None:
-    replay = Replay(scale, TYPES)
+    replay = Replay(scale, TYPES, ONLOOKERS)
     x = torch.zeros(64)
     for factor in (0.3, 0.3, 0.3, 0.5, 1.0, 0.0, 0.40625, float("inf")):
         agree(replay, x, None, factor, "none", times=1)
@@ -231,7 +253,7 @@ def test_floats_that_decide_belong_to_the_signature() -> None:
 
     x = torch.zeros(64)
     for implementation in (inverse, chosen):
-        replay = Replay(implementation, TYPES)
+        replay = Replay(implementation, TYPES, ONLOOKERS)
         for _ in range(4):
             for factor in (0.5, 0.25):
                 agree(replay, x, x, factor, "none", times=1)
@@ -243,7 +265,7 @@ def test_what_computes_besides_is_not_replayed() -> None:
     def doubled(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x * 2, bias, factor, name)
 
-    replay = Replay(doubled, TYPES)
+    replay = Replay(doubled, TYPES, ONLOOKERS)
     x = torch.zeros(64)
     for _ in range(4):
         ordinary = launches(replay, x, x, 1.0, "none")[1]
@@ -253,7 +275,7 @@ def test_what_computes_besides_is_not_replayed() -> None:
 
 @jitted
 def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
-    replay = Replay(scale, TYPES)
+    replay = Replay(scale, TYPES, ONLOOKERS)
     x, other = torch.zeros(64), torch.zeros(64)
     for _ in range(3):
         launches(replay, x, x, 1.0, "none")
@@ -266,7 +288,7 @@ def test_views_of_arguments_move_with_them() -> None:
     def second_half(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x[32:], bias, factor, name)
 
-    replay = Replay(second_half, TYPES)
+    replay = Replay(second_half, TYPES, ONLOOKERS)
     for _ in range(4):
         x = torch.zeros(64)
         _, (launched,) = launches(replay, x, None, 1.0, "none")
@@ -276,7 +298,7 @@ def test_views_of_arguments_move_with_them() -> None:
 
 @jitted
 def test_signatures_are_bounded_and_forgotten() -> None:
-    replay = Replay(scale, TYPES)
+    replay = Replay(scale, TYPES, ONLOOKERS)
     with patch.object(_replay, "MAX_SIGNATURES", 4):
         for _, size in itertools.product(range(3), range(8, 20)):
             agree(replay, torch.zeros(size), None, 1.0, "none", times=1)
@@ -287,7 +309,7 @@ def test_signatures_are_bounded_and_forgotten() -> None:
 
 @jitted
 def test_who_watches_launches_sees_them() -> None:
-    replay = Replay(scale, TYPES)
+    replay = Replay(scale, TYPES, ONLOOKERS)
     x = torch.zeros(64)
     agree(replay, x, None, 1.0, "none")
 
@@ -311,7 +333,7 @@ def test_who_watches_launches_sees_them() -> None:
 
 @jitted
 def test_threads_do_not_share_a_call() -> None:
-    replay = Replay(scale, TYPES)
+    replay = Replay(scale, TYPES, ONLOOKERS)
     wrong: list[int] = []
 
     def work(size: int) -> None:

@@ -34,7 +34,6 @@ __all__ = [
     "observe",
     "refuses",
     "wants_grad",
-    "watching",
 ]
 
 Backend = Literal["auto", "triton", "eager"]
@@ -147,8 +146,8 @@ class Op:
         from ._triton._replay import Replay
 
         schema = getattr(torch.ops.vertebra, self.name).default._schema
-        count = len(signature(self.eager).parameters)
-        return Replay(self._run, [str(argument.type) for argument in schema.arguments[:count]])
+        arguments = schema.arguments[: len(signature(self.eager).parameters)]
+        return Replay(self._run, [str(argument.type) for argument in arguments], _watching)
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
@@ -194,8 +193,6 @@ def refuses(x: Tensor, *rest: Any) -> str | None:
     for v in rest:
         if isinstance(v, Tensor) and v.dim() == 1 and not v.is_contiguous():
             return "a vector that is not contiguous"
-    if any(isinstance(v, Tensor) and v.is_neg() for v in (x, *rest)):
-        return "a view that PyTorch has yet to negate"
     return None
 
 
@@ -248,7 +245,7 @@ class _Replaying:
             from ._triton._replay import Replay
 
             types = [str(argument.type) for argument in self._op._schema.arguments]
-            self._replay = Replay(self._impl, types)
+            self._replay = Replay(self._impl, types, _watching)
         return self._replay(*args)
 
 
@@ -256,19 +253,24 @@ class _Watching(threading.local):
     depth: int = 0
 
 
-watching = _Watching()
-"""How many dispatch modes of our own watch this thread without changing what it does."""
+_watching = _Watching()  # how many dispatch modes of ours see this thread's work and leave it be
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple}
 
 
 def is_plain(args: tuple[Any, ...]) -> bool:
-    """Return whether PyTorch just runs what it is told: nothing traces, transforms or wraps it."""
+    """Return whether PyTorch just runs what it is told: nothing traces, transforms or wraps it.
+
+    Nor has it put off a negation, which its dispatcher would make up for.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > watching.depth  # pyright: ignore
+        torch._C._len_torch_dispatch_stack() > _watching.depth  # pyright: ignore
         or torch._C._are_functorch_transforms_active()  # pyright: ignore
-    ) and _PLAIN.issuperset(map(type, args))
+        or not _PLAIN.issuperset(map(type, args))
+        or any([a.is_neg() for a in args if isinstance(a, Tensor)])
+    )
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -34,7 +34,6 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from .._op import watching
 from ._launch import Launch, capturing, recorded, recording
 
 MAX_SIGNATURES = 4096  # of one op: a network has tens; more only where image sizes vary
@@ -65,11 +64,16 @@ def forget() -> None:
 
 
 class Replay:
-    """An op's implementation, repeated by plans; `types` are its schema's, in order."""
+    """An op's implementation, repeated by plans.
 
-    def __init__(self, implementation: Callable[..., Any], types: Sequence[str]) -> None:
+    `types` are its schema's, in order; `watching.depth` counts the modes that only look on.
+    """
+
+    def __init__(
+        self, implementation: Callable[..., Any], types: Sequence[str], watching: Any
+    ) -> None:
         self.plans: dict[tuple[Any, ...], Plan | str] = {}
-        self._implementation = implementation
+        self._implementation, self._watching = implementation, watching
         self._tensors = picker([i for i, t in enumerate(types) if t in _TENSORS])
         self._float_places = [i for i, t in enumerate(types) if t == "float"]
         self._floats = picker(self._float_places)
@@ -96,7 +100,6 @@ class Replay:
             *map(_DTYPE, tensors),
             *map(_DEVICE, tensors),
             *map(_MISALIGNMENT, pointers),
-            *map(_IS_NEGATED, tensors),
             *(floats if self._floats_decide else ()),
         )
         plan = self.plans.get(key)
@@ -113,7 +116,7 @@ class Replay:
     def _record(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         # one tensor passed twice becomes two: they need not be one the next time
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        with _Watch() as watch, recorded() as launches:
+        with _Watch(self._watching) as watch, recorded() as launches:
             outputs = self._implementation(*args)
         scalars = self._rehearse(args, [launch for launch, _ in launches])
         if scalars is None:
@@ -182,7 +185,7 @@ _TENSORS = ("Tensor", "Optional[Tensor]")
 # mapped over tensors: half of what attributes and methods cost in a loop
 _SHAPE: Callable[[Tensor], Any] = inspect.getattr_static(Tensor, "shape").__get__
 _DTYPE: Callable[[Tensor], Any] = inspect.getattr_static(Tensor, "dtype").__get__
-_STRIDE, _DEVICE, _IS_NEGATED = Tensor.stride, Tensor.get_device, Tensor.is_neg
+_STRIDE, _DEVICE = Tensor.stride, Tensor.get_device
 _MISALIGNMENT = (ALIGNMENT - 1).__and__
 _SEEN_ONCE, _ORDINARY = "seen once", "ordinary"
 
@@ -350,15 +353,18 @@ def _origins(
 class _Watch(TorchDispatchMode):
     """See whether PyTorch computes anything, beside allocating and taking views."""
 
-    computes = False
+    def __init__(self, watching: Any) -> None:
+        super().__init__()
+        self.computes = False
+        self._watching = watching
 
     def __enter__(self) -> _Watch:
-        watching.depth += 1
+        self._watching.depth += 1
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        watching.depth -= 1
+        self._watching.depth -= 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
