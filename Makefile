@@ -6,7 +6,7 @@ GPU_PYTHON ?= python3
 BIN        := .venv/bin
 READY      := .venv/.ready
 OLDEST     := .cache/triton-3.6.0
-SAMPLED    := --sampled sm_80 sm_89 sm_100 gfx942
+ELSEWHERE  := --sampled sm_80 sm_89 sm_100 gfx942
 
 .DEFAULT_GOAL := help
 .PHONY: help bench test check aot aot-all gpu gpu-test gpu-kernels gpu-models gpu-train docs clean
@@ -26,12 +26,13 @@ check: $(READY)  ## lint, format, types, and the bans of .pre-commit-config.yaml
 	$(BIN)/pyright
 	SKIP=ruff,ruff-format,pyright $(BIN)/pre-commit run --all-files
 
-aot: $(READY) $(OLDEST)/.ready  ## compile every kernel, all of sm_90 and samples elsewhere: pinned triton, oldest triton
-	$(BIN)/python -m vertebra.testing.aot $(SAMPLED)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot $(SAMPLED)
+aot: $(READY) $(OLDEST)/.ready  ## compile every kernel: all of sm_90, a sample elsewhere and on the oldest triton
+	$(BIN)/python -m vertebra.testing.aot $(ELSEWHERE)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot --targets sm_90 gfx942 --sampled sm_90 gfx942
 
-aot-all:  ## the same with every binary of every target: slow, for a change to kernels
-	$(MAKE) aot SAMPLED=
+aot-all: $(READY) $(OLDEST)/.ready  ## every binary of every target on both tritons: slow, for a change to kernels
+	$(BIN)/python -m vertebra.testing.aot
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot
 
 gpu:  ## test and measure on this machine's GPU; results go to $OUT, else bench/results
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu
