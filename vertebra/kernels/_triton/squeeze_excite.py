@@ -117,14 +117,17 @@ class Product(NamedTuple):
 
 
 def _pick_product(N: int, R: int, C: int, splits: int, dtype: torch.dtype) -> Product:
-    """Choose a tile of PARTIALS: 8 images, 16 outputs and the rest inputs, or what there is."""
+    """Choose a tile of PARTIALS: 8 images, 16 outputs and the rest inputs, or what there is.
+
+    Fewer images are fewer programs: then 8 outputs, for more of them.
+    """
     partials = PARTIALS[dtype]
     images = min(8, triton.next_power_of_2(N))
-    rows = min(16, triton.next_power_of_2(R))
+    rows = min(16 if images == 8 else 8, triton.next_power_of_2(R))
     chunk = min(triton.next_power_of_2(C), partials // (images * rows))
     together = min(triton.next_power_of_2(splits), partials // 2 // (images * chunk) or 1)
     values = images * chunk * max(rows, together)
-    return Product(images, rows, chunk, together, max(1, min(8, values // 1024)))
+    return Product(images, rows, chunk, together, max(1, min(8, values // (partials // 16))))
 
 
 @triton.jit
