@@ -6,10 +6,11 @@ GPU_PYTHON ?= python3
 BIN        := .venv/bin
 READY      := .venv/.ready
 OLDEST     := .cache/triton-3.6.0
+TESTS      := --doctest-modules tests vertebra/kernels vertebra/nn vertebra/models vertebra/_explain.py
 ELSEWHERE  := --sampled sm_80 sm_89 sm_100 gfx942
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test check aot aot-all gpu gpu-test gpu-kernels gpu-models gpu-train docs clean
+.PHONY: help bench test test-all check aot aot-all gpu gpu-test gpu-kernels gpu-models gpu-train docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' Makefile | expand -t 46
@@ -18,7 +19,10 @@ bench: $(READY)  ## check every answer, then measure: eager, torch.compile, vert
 	$(BIN)/python -m vertebra bench
 
 test: aot  ## the kernels' compile gate, then the tests and the examples in docstrings
-	$(BIN)/python -m pytest -n auto --doctest-modules tests vertebra/kernels vertebra/nn vertebra/models vertebra/_explain.py
+	$(BIN)/python -m pytest -n auto -m "not thorough" $(TESTS)
+
+test-all: aot-all  ## the same with nothing left out: slow
+	$(BIN)/python -m pytest -n auto $(TESTS)
 
 check: $(READY)  ## lint, format, types, and the bans of .pre-commit-config.yaml
 	$(BIN)/ruff check .

@@ -17,7 +17,11 @@ from vertebra.testing.contract import check, copied, evaluate, leaves_of, same_b
 
 
 def parametrize(tag: str) -> Callable[[Any], Any]:
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in cases(tag)])
+    found = [
+        pytest.param(c, id=c.id, marks=pytest.mark.thorough if "thorough" in c.tags else ())
+        for c in cases(tag)
+    ]
+    return pytest.mark.parametrize("case", found)
 
 
 @parametrize("test")

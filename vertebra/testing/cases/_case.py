@@ -37,6 +37,7 @@ class Case:
     know "frozen": parameters want no gradient. `tags` say who uses a case:
 
     * "test" runs in the interpreter and on a GPU;
+    * "thorough", beside it: only `make test-all` and a GPU take the time;
     * "compile" goes through `torch.compile` and `opcheck`;
     * "double" through `gradcheck`, in fp64;
     * "aot" through the compile gate, on meta tensors, so of any size;
@@ -153,10 +154,16 @@ SUBJECTS: dict[str, Subject] = {}
 
 
 def of_odd_shapes(base: Case, *options: tuple[str, ...]) -> Iterator[Case]:
-    """Yield `base` at the mean shapes, in the three kinds of layout, with each of `options`."""
+    """Yield `base` at the mean shapes, in the three kinds of layout, with each of `options`.
+
+    Thorough are those that differ from a case before them in one way that other cases try too: the
+    second and later options, and slices of all shapes but one.
+    """
     layouts: tuple[Layout, ...] = ("nchw", "nhwc", "sliced")
     for shape, layout, some in itertools.product(ODD_SHAPES, layouts, options):
-        yield replace(base, shape=shape, layout=layout, options=some)
+        sliced = layout == "sliced" and shape != (3, 17, 7, 7)
+        tags = frozenset({"thorough"}) if sliced or some != options[0] else frozenset[str]()
+        yield replace(base, shape=shape, layout=layout, options=some, tags=base.tags | tags)
 
 
 def tagged(tag: str, found: Iterator[Case]) -> Iterator[Case]:
