@@ -127,7 +127,13 @@ def _pool_kernel(
         tl.store(sums_ptr + row.to(tl.int64) * C + c, total, mask=c < C)
 
 
-def pool(x: Tensor, other: Tensor | None, summands: Any, count: int) -> Tensor:
+def pool(
+    x: Tensor,
+    other: Tensor | None,
+    summands: Any,
+    count: int,
+    max_splits: int = MAX_IMAGE_SPLITS,
+) -> Tensor:
     """Return the sums (count, N * splits, C) of `summands(x, other)`, `count` (1 or 2) of them."""
     view = geometry(x.shape, *(x.stride() if t is None else t.stride() for t in (x, other)))
     N = x.shape[0]
@@ -140,7 +146,7 @@ def pool(x: Tensor, other: Tensor | None, summands: Any, count: int) -> Tensor:
     config = pick(one_image(view, N), x.itemsize, tile_bytes=tile_bytes, programs=programs)
     BLOCK_M, BLOCK_C, num_warps, splits = config
     # every split but the last is whole tiles, and none is empty
-    split_p = triton.cdiv(triton.cdiv(P, BLOCK_M), min(splits, MAX_IMAGE_SPLITS)) * BLOCK_M
+    split_p = triton.cdiv(triton.cdiv(P, BLOCK_M), min(splits, max_splits)) * BLOCK_M
     splits = triton.cdiv(P, split_p)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = x.new_empty(count, N * splits, C, dtype=dtype)

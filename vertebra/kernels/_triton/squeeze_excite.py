@@ -38,6 +38,7 @@ from . import _pool
 from ._act import ACTIVATIONS, GATES
 from ._affine import pick
 from ._launch import launch
+from ._splits import MAX_SPLITS
 from ._tile import (
     Geometry,
     channel_block,
@@ -87,7 +88,7 @@ def _pick(view: Geometry, N: int, R: int, itemsize: int, programs: int) -> Confi
     """
     M, C = view.sizes[:2]
     P = M // N
-    BLOCK_M, BLOCK_C, num_warps, _ = pick(_one_image(view, P), itemsize, tile_bytes=8192)
+    BLOCK_M, BLOCK_C, num_warps, _ = pick(_pool.one_image(view, N), itemsize, tile_bytes=8192)
     if view.channels_last and BLOCK_C == 128:
         BLOCK_M, BLOCK_C = min(2 * BLOCK_M, triton.next_power_of_2(P)), 64
     least = max(16 * R // itemsize, 8 * BLOCK_M)
@@ -100,10 +101,6 @@ def _pick(view: Geometry, N: int, R: int, itemsize: int, programs: int) -> Confi
     splits = triton.cdiv(tiles, pixels // BLOCK_M)
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # as even as whole tiles allow
     return Config(BLOCK_M, BLOCK_C, IMAGES, CHUNK, num_warps, splits)
-
-
-def _one_image(view: Geometry, P: int) -> Geometry:
-    return view._replace(sizes=(P, *view.sizes[1:]))
 
 
 class Product(NamedTuple):
@@ -299,7 +296,8 @@ def forward(
     N, R = u.shape
     fc1, fc2 = _matrix(fc1_weight), _matrix(fc2_weight)
     C = fc1.shape[1]
-    (sums,) = _pool.pool(x, None, _pool.value, 1)
+    # the splits are added by tiles of many, so there may be as many as fill the GPU
+    (sums,) = _pool.pool(x, None, _pool.value, 1, max_splits=MAX_SPLITS)
     splits = sums.shape[0] // N
     product = _pick_product(N, R, C, splits, u.dtype)
     launch(
@@ -677,7 +675,7 @@ def _sums(
     M, C = view.sizes[:2]
     tile_bytes = 4096 if out_act in ("none", "relu") else 2048  # exp and erf take registers
     programs = 4 * processors(x.device) // N
-    one = _one_image(view, M // N)
+    one = _pool.one_image(view, N)
     BLOCK_M, BLOCK_C, num_warps, splits = pick(
         one, x.itemsize, tile_bytes=tile_bytes, programs=programs
     )
