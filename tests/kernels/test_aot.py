@@ -206,7 +206,7 @@ def test_every_kernel_is_compiled() -> None:
 @compiling
 def test_a_sample_has_every_kind_of_binary() -> None:
     def kinds(some):
-        return {(b.target, b.launch.kernel.__name__, b.functions, b.row) for b in some}
+        return {(b.target, *b.row[:2]) for b in some}
 
     everything = aot.builds(["sm_90", "gfx942"], cases("aot", "batch_norm_act")[::3])
     sampled = list(aot.sample(everything, ["gfx942"]))

@@ -4,8 +4,8 @@
 
 The launches are those of declared cases, run on meta tensors through the ops' own Triton path,
 forward and backward; launches that the JIT would serve with one binary are compiled once. For a
-`--sampled` target, one binary per kernel, layout, dtype and activation stands for those that differ
-in shape or in optional arguments only. A binary fails if
+`--sampled` target, one binary per kernel and layout stands for those of other shapes, types,
+activations and optional arguments. A binary fails if
 
 * it spills: stack, local memory, scratch;
 * it asks for more shared memory than the device has;
@@ -107,10 +107,10 @@ def builds(targets: Iterable[str], of: Iterable[Case], only: str = "") -> list[B
 
 
 def sample(of: Iterable[Build], targets: Collection[str]) -> Iterator[Build]:
-    """Yield the builds, for `targets` only the first of each kind: the most optional arguments."""
+    """Yield the builds, for `targets` only the first of each kind: a real model's, all options."""
     seen: set[tuple[Any, ...]] = set()
     for build in of:
-        kind = (build.target, build.row, build.functions)
+        kind = (build.target, *build.row[:2])
         if build.target not in targets or kind not in seen:
             seen.add(kind)
             yield build
