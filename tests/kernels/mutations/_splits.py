@@ -7,5 +7,5 @@ ADD_SPLITS = {
     "keeps only the last block of splits": ("total += tl.load", "total = tl.load"),
 }
 # 150 splits, more than one block of them
-MANY = example("batch_norm_act", shape=(3, 4, 113, 113), layout="nhwc", options=("affine", "stats"))
+MANY = example("scale_bias_act", shape=(3, 4, 113, 113), layout="nhwc", options=("affine", "stats"))
 PLANS = [(_splits, "_add_splits_kernel", MANY, 64, ADD_SPLITS)]

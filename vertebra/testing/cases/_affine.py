@@ -57,8 +57,8 @@ def _tests(base: Case) -> Iterator[Case]:
     ):
         if layout != "mixed" or "residual" in options:
             case = replace(base, dtype=dtype, layout=layout, act=act, options=options)
-            # without a residual the types make no difference that they do not make with one
-            again = options == PLAIN and dtype != torch.float32
+            # the narrow types make no difference that two activations with a residual do not show
+            again = dtype != torch.float32 and (options == PLAIN or act not in ("relu", "gelu"))
             yield replace(case, tags=case.tags | ({"thorough"} if again else set()))
     # optional arguments left out
     for options in ((), ("affine",), ("stats",), ("residual",), ("affine", "residual")):

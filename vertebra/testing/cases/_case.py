@@ -157,13 +157,15 @@ def of_odd_shapes(base: Case, *options: tuple[str, ...]) -> Iterator[Case]:
     """Yield `base` at the mean shapes, in the three kinds of layout, with each of `options`.
 
     Thorough are those that differ from a case before them in one way that other cases try too: the
-    second and later options, and slices of all shapes but one.
+    second and later options, slices of all shapes but one, and the most images, each of which is
+    programs of its own, which the interpreter runs one by one.
     """
     layouts: tuple[Layout, ...] = ("nchw", "nhwc", "sliced")
     for shape, layout, some in itertools.product(ODD_SHAPES, layouts, options):
         sliced = layout == "sliced" and shape != (3, 17, 7, 7)
-        tags = frozenset({"thorough"}) if sliced or some != options[0] else frozenset[str]()
-        yield replace(base, shape=shape, layout=layout, options=some, tags=base.tags | tags)
+        thorough = sliced or some != options[0] or shape == ODD_SHAPES[-1]
+        tags = base.tags | ({"thorough"} if thorough else set())
+        yield replace(base, shape=shape, layout=layout, options=some, tags=tags)
 
 
 def tagged(tag: str, found: Iterator[Case]) -> Iterator[Case]:
