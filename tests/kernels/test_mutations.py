@@ -67,6 +67,7 @@ def test_contract_rejects(
         check(case, device)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "sms"),
     [

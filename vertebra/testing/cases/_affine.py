@@ -71,7 +71,9 @@ def _compiles(base: Case) -> Iterator[Case]:
     for layout, act, options in itertools.product(
         ("nchw", "nhwc"), ("none", "relu", "silu"), (FULL, PLAIN)
     ):
-        yield replace(base, layout=layout, act=act, options=options)
+        thorough = act != "relu" and (act, options) != ("silu", FULL)
+        tags = base.tags | ({"thorough"} if thorough else set())
+        yield replace(base, layout=layout, act=act, options=options, tags=tags)
 
 
 def _resnet50(base: Case) -> Iterator[Case]:

@@ -69,7 +69,7 @@ def _tests(base: Case) -> Iterator[Case]:
         yield replace(base, options=options)
     yield from of_odd_shapes(base, _FULL, ())
     # more channels than a program holds at once
-    yield replace(base, shape=(2, 3712, 2, 1), layout="nhwc")
+    yield replace(base, shape=(2, 3712, 2, 1), layout="nhwc", tags=base.tags | {"thorough"})
 
 
 def _real(base: Case) -> Iterator[Case]:

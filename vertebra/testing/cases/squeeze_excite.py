@@ -146,7 +146,8 @@ def _tests(base: Case) -> Iterator[Case]:
     # hidden channels: one, no power of two, more than the channels
     for R in (1, 5, 70):
         yield replace(base, options=(*FULL, f"r={R}"))
-    yield replace(base, shape=(1, 3712, 1, 2), layout="nhwc", options=(*FULL, "r=20"))
+    wide = replace(base, shape=(1, 3712, 1, 2), layout="nhwc", options=(*FULL, "r=20"))
+    yield replace(wide, tags=base.tags | {"thorough"})
     for layout in ("nchw", "nhwc"):
         yield replace(base, shape=(9, 24, 7, 7), layout=layout)  # more images than a program owns
         yield replace(
