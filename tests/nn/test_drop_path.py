@@ -208,9 +208,9 @@ def test_one_number_for_the_whole_batch(device) -> None:
         torch.testing.assert_close(drop_path_add(x, drop_prob=0.5, noise=noise), expected)
 
 
-def test_vectors_may_be_strided(device) -> None:
+def test_noise_may_be_strided(device) -> None:
     x, residual = maps(device)
-    gamma, noise = torch.rand(16, device=device)[::2], torch.rand(12, device=device)[1::2]
+    gamma, noise = torch.rand(8, device=device), torch.rand(12, device=device)[1::2]
     found = drop_path_add(x, residual, gamma, drop_prob=0.5, noise=noise)
     row = (noise < 0.5).float() * 2
     torch.testing.assert_close(

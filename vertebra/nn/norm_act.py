@@ -40,6 +40,15 @@ def _fuses_pool(pool: nn.Module) -> bool:
     )
 
 
+def _pooled(y: Tensor, pool: nn.Module | None) -> Tensor:
+    """Return pool(y) where there is one.
+
+    A norm that is traced by itself has a placeholder there, which stays empty: modules are no
+    inputs of a graph.
+    """
+    return y if pool is None or isinstance(pool, torch.fx.Proxy) else pool(y)
+
+
 class _FusesAct:
     """The tail of the norm modules: act(drop(norm(x)) + residual), in one op where drop is idle.
 
@@ -148,7 +157,7 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
                 var=self.running_var,
                 eps=self.eps,
             )
-            return y if pool is None else pool(y)
+            return _pooled(y, pool)
         tracks = self.training and self.track_running_stats and self.running_mean is not None
         counter = self.num_batches_tracked if tracks else None
         momentum = self.momentum
@@ -166,7 +175,7 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
             y = self._run(batch_norm_act, x, self.weight, self.bias, residual, **statistics)
         if counter is not None:
             y = _counted(y, counter)
-        return y if pool is None or fused is not None else pool(y)
+        return y if fused is not None else _pooled(y, pool)
 
 
 class FrozenBatchNormAct2d(_FusesAct, nn.Module):
@@ -229,7 +238,7 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
             var=self.running_var,
             eps=self.eps,
         )
-        return y if pool is None else pool(y)
+        return _pooled(y, pool)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
@@ -289,4 +298,4 @@ def norm_act(
     else:
         y = norm(x)
         y = act(y if residual is None else y + residual)
-    return y if pool is None else pool(y)
+    return _pooled(y, pool)
