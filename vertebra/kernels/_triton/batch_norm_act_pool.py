@@ -49,7 +49,7 @@ from ._tile import (
     processors,
 )
 
-# 4 programs of 4 warps at once, each with two rows of x under way
+# 8 programs of 2 warps at once, each with two rows of x under way
 REGISTERS = {"_max_pool_kernel": 128, "_unpool_kernel": 128}
 
 # A run ends with the row, since windows do.
@@ -117,20 +117,21 @@ class Config(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _pick(shape: tuple[int, int, int, int], view: View, itemsize: int, sms: int) -> Config:
-    """Choose a tile, and the longest walks that still leave 16 programs to a multiprocessor.
+    """Choose a tile, and the longest walks that still leave 32 programs to a multiprocessor.
 
     A lane owns 8 bytes of y: with 16, two rows of windows and what is kept of a third take more
     than 128 registers. The pairs of a row are 16 bytes of x a lane even so.
-    The first row of a walk is read by the walk above too: long walks read less. 16 programs are
-    four waves of the four that fit at once, so that the last one, partly empty, costs little.
+    The first row of a walk is read by the walk above too: long walks read less. 32 programs are
+    four waves of the eight that fit at once, so that the last one, partly empty, costs little. With
+    4 warps to a program ptxas spilled 8 bytes on sm_80.
     """
     N, C, H, W = shape
     M, OH = N * ((W + 1) // 2), (H + 1) // 2
     flat = Geometry((M, C, 1, 1), (), view.channels_last, view.coarse_unit)
-    BLOCK_M, BLOCK_C, _, _ = pick(flat, itemsize, tile_bytes=1024)
-    num_warps = max(1, min(4, BLOCK_M * BLOCK_C // 64))  # a window takes registers
+    BLOCK_M, BLOCK_C, _, _ = pick(flat, itemsize, tile_bytes=512)
+    num_warps = max(1, min(4, BLOCK_M * BLOCK_C // 128))  # a window takes registers
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(C, BLOCK_C)
-    rows = triton.cdiv(OH, min(OH, triton.cdiv(16 * sms, tiles)))
+    rows = triton.cdiv(OH, min(OH, triton.cdiv(32 * sms, tiles)))
     return Config(BLOCK_M, BLOCK_C, num_warps, rows, tiles * triton.cdiv(OH, rows))
 
 

@@ -122,9 +122,9 @@ def _pick_product(N: int, R: int, C: int, splits: int, dtype: torch.dtype) -> Pr
     images = min(8, triton.next_power_of_2(N))
     rows = min(16 if images == 8 else 8, triton.next_power_of_2(R))
     chunk = min(triton.next_power_of_2(C), partials // (images * rows))
-    together = min(triton.next_power_of_2(splits), partials // 2 // (images * chunk) or 1)
+    together = min(triton.next_power_of_2(splits), partials // 4 // (images * chunk) or 1)
     values = images * chunk * max(rows, together)
-    return Product(images, rows, chunk, together, max(1, min(8, values // (partials // 16))))
+    return Product(images, rows, chunk, together, max(1, min(8, values // (partials // 32))))
 
 
 @triton.jit
