@@ -16,8 +16,8 @@ UNPOOL = {
 }
 
 # walks of several rows; the last window of a row has no right column, the last row none below
-STEM = example("batch_norm_act_pool", shape=(2, 3, 37, 5), layout="nhwc")
-PAIRS = example("batch_norm_act_pool", shape=(2, 3, 37, 6))
+STEM = example("batch_norm_act_pool", shape=(2, 3, 85, 5), layout="nhwc")
+PAIRS = example("batch_norm_act_pool", shape=(2, 3, 85, 6))
 PLANS = [
     (batch_norm_act_pool, "_max_pool_kernel", STEM, 1, MAX_POOL),
     (batch_norm_act_pool, "_unpool_kernel", PAIRS, 1, UNPOOL),
