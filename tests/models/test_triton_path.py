@@ -25,7 +25,7 @@ def _pass(model: nn.Module, x: Tensor, dy: Tensor, path: str) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.thorough)])
 def test_network_on_triton(name: str, training: bool, device, randomize) -> None:
     model = randomize(vertebra.create_model(name, num_classes=10)).to(device).train(training)
     x, dy = torch.randn(2, 3, 64, 64, device=device), torch.randn(2, 10, device=device)
