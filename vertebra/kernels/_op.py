@@ -33,6 +33,7 @@ __all__ = [
     "is_plain",
     "observe",
     "refuses",
+    "sums_dtype",
     "wants_grad",
 ]
 
@@ -143,11 +144,8 @@ class Op:
 
     @cached_property
     def _replay(self) -> Callable[..., Any]:
-        from ._triton._replay import Replay
-
-        schema = getattr(torch.ops.vertebra, self.name).default._schema
-        arguments = schema.arguments[: len(signature(self.eager).parameters)]
-        return Replay(self._run, [str(argument.type) for argument in arguments], _watching)
+        registered = getattr(torch.ops.vertebra, self.name).default
+        return _Replaying(registered, self._run, len(signature(self.eager).parameters))
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
@@ -234,17 +232,21 @@ class Registered:
 
 
 class _Replaying:
-    """An implementation as repeated by `_triton._replay`, which the first call imports."""
+    """An implementation as repeated by `_triton._replay`, which the first call imports.
 
-    def __init__(self, op: Any, impl: Callable[..., Any]) -> None:
-        self._op, self._impl = op, impl
+    It takes the arguments of the registered `op`, or the first `count` of them.
+    """
+
+    def __init__(self, op: Any, impl: Callable[..., Any], count: int | None = None) -> None:
+        self._op, self._impl, self._count = op, impl, count
         self._replay: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if self._replay is None:
             from ._triton._replay import Replay
 
-            types = [str(argument.type) for argument in self._op._schema.arguments]
+            arguments = self._op._schema.arguments[: self._count]
+            types = [str(argument.type) for argument in arguments]
             self._replay = Replay(self._impl, types, _watching)
         return self._replay(*args)
 
@@ -271,6 +273,11 @@ def is_plain(args: tuple[Any, ...]) -> bool:
         or not _PLAIN.issuperset(map(type, args))
         or any([a.is_neg() for a in args if isinstance(a, Tensor)])
     )
+
+
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """Return what statistics, sums and whatever else is computed from `x` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

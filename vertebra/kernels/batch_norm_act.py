@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ._act import check_act, finish, needs_input
 from ._check import check_eps, check_image, check_residual, check_vectors, promote_under_autocast
-from ._op import Op, Traffic, define, refuses, wants_grad
+from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
 
 
 def batch_norm_act(
@@ -113,7 +113,7 @@ def _outputs(
     running_var: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     mean, rstd = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
     if running_mean is None or running_var is None:
         return torch.empty_like(x), mean, rstd, x.new_empty(0), x.new_empty(0)

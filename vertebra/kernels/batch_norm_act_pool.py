@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ._act import check_act, finish
 from ._check import check_eps, check_image, check_vectors
-from ._op import Op, Traffic, define, refuses, wants_grad
+from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
 
 
 def batch_norm_act_pool(
@@ -112,10 +112,6 @@ def _eager(
     return F.max_pool2d(finish(y, None, act), 3, 2, 1)
 
 
-def _sums_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _outputs(
     x: Tensor,
     weight: Tensor | None,
@@ -142,7 +138,7 @@ def _outputs(
     def absent() -> Tensor:
         return x.new_empty(0)
 
-    mean, rstd = (x.new_empty(C if training else 0, dtype=_sums_dtype(x)) for _ in range(2))
+    mean, rstd = (x.new_empty(C if training else 0, dtype=sums_dtype(x)) for _ in range(2))
     new_mean, new_var = absent(), absent()
     if training and running_mean is not None and running_var is not None:
         new_mean, new_var = torch.empty_like(running_mean), torch.empty_like(running_var)
@@ -190,7 +186,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = dy.new_empty(0) if x is None else torch.empty_like(x)
     sums = 0 if peak is None else dy.shape[1]
-    dweight, dbias = (dy.new_empty(sums, dtype=_sums_dtype(dy)) for _ in range(2))
+    dweight, dbias = (dy.new_empty(sums, dtype=sums_dtype(dy)) for _ in range(2))
     return dx, dweight, dbias
 
 

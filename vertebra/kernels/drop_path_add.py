@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_image, check_residual, check_vectors, promote_under_autocast
-from ._op import Op, Traffic, define, refuses, wants_grad
+from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
 
 
 def drop_path_add(
@@ -144,7 +144,7 @@ def _gradients(
     # a gradient has the layout of the map it is of
     dx = torch.empty_like(dout if x is None else x)
     C = 0 if x is None else dout.shape[1]
-    dtype = torch.float64 if dout.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(dout)
     return dx, dout.new_empty(C, dtype=dtype)
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check_eps, check_image, check_vectors
-from ._op import Op, Traffic, define, refuses, wants_grad
+from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
 
 
 def global_avg_pool(
@@ -54,10 +54,6 @@ def global_avg_pool(
     return op(x, weight, bias, eps)
 
 
-def _sums_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> None:
     name = "global_avg_pool"
     check_image(name, x)
@@ -69,7 +65,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | N
 def _eager(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
     if eps is None:
         return x.mean((2, 3))
-    p = x.mean((2, 3), dtype=_sums_dtype(x))
+    p = x.mean((2, 3), dtype=sums_dtype(x))
     weight, bias = (None if v is None else v.to(p.dtype) for v in (weight, bias))
     return F.layer_norm(p, p.shape[1:], weight, bias, eps).to(x.dtype)
 
@@ -78,7 +74,7 @@ def _outputs(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, C = x.shape[:2]
-    dtype, saved = _sums_dtype(x), eps is not None
+    dtype, saved = sums_dtype(x), eps is not None
     phat = x.new_empty((N, C) if saved else 0, dtype=dtype)
     return x.new_empty(N, C), phat, x.new_empty(N if saved else 0, dtype=dtype)
 
@@ -108,7 +104,7 @@ def _gradients(
     # the strides of empty_like(x), whatever x's are, without an x
     x = torch.empty_strided(size, stride, dtype=dy.dtype, device="meta")
     dx = torch.empty_like(x, device=dy.device)
-    sums, dtype = dy.shape[1] if needs_sums else 0, _sums_dtype(dy)
+    sums, dtype = dy.shape[1] if needs_sums else 0, sums_dtype(dy)
     return dx, dy.new_empty(sums, dtype=dtype), dy.new_empty(sums, dtype=dtype)
 
 

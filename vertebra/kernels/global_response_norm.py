@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_eps, check_image, check_vectors
-from ._op import Op, Traffic, define, refuses, wants_grad
+from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
 
 
 def global_response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -43,17 +43,13 @@ def global_response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
     return op(x, weight, bias, eps)
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     check_image("global_response_norm", x)
     check_vectors("global_response_norm", x, weight=weight, bias=bias)
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    wide = x.to(_statistics_dtype(x))
+    wide = x.to(sums_dtype(x))
     weight, bias = (v.to(wide.dtype)[:, None, None] for v in (weight, bias))
     g = wide.norm(p=2, dim=(2, 3), keepdim=True)
     r = g / (g.mean(dim=1, keepdim=True) + eps)
@@ -61,7 +57,7 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def _outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], x.shape[1], dtype=_statistics_dtype(x))
+    return torch.empty_like(x), x.new_empty(x.shape[0], x.shape[1], dtype=sums_dtype(x))
 
 
 @define(

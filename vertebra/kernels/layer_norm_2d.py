@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check_eps, check_image, check_vectors
-from ._op import Op, Traffic, define, refuses, wants_grad
+from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
 
 
 def layer_norm_2d(
@@ -67,7 +67,7 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, _, H, W = x.shape
     shape = (N, 1, H, W) if saves else (0,)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     mean, rstd = (x.new_empty(shape, dtype=dtype) for _ in range(2))
     return torch.empty_like(x), mean, rstd
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ._act import check_act, finish, needs_input
 from ._check import check_eps, check_image, check_residual, check_vectors, promote_under_autocast
-from ._op import Op, Traffic, define, refuses, wants_grad
+from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
 
 
 def scale_bias_act(
@@ -130,7 +130,7 @@ def _gradients(
     dx = torch.empty_like(like)
     dresidual = torch.empty_like(like) if needs_dresidual else dy.new_empty(0)
     sums = dy.shape[1] if needs_sums else 0
-    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(dy)
     return dx, dresidual, dy.new_empty(sums, dtype=dtype), dy.new_empty(sums, dtype=dtype)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ._act import ACTIVATIONS, GATES, check_act, check_gate, finish, needs_input
 from ._check import check_image, check_parameters, check_residual, promote_under_autocast
-from ._op import Op, Traffic, define, refuses, wants_grad
+from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
 
 
 def squeeze_excite(
@@ -147,7 +147,7 @@ def _outputs(
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, C = x.shape[:2]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     kept = (N, C) if keeps else (0,)
     return (
         torch.empty_like(x),
