@@ -19,7 +19,7 @@ bench: $(READY)  ## check every answer, then measure: eager, torch.compile, vert
 	$(BIN)/python -m vertebra bench
 
 test: aot  ## the kernels' compile gate, then the tests and the examples in docstrings
-	$(BIN)/python -m pytest -n auto -m "not thorough" $(TESTS)
+	$(BIN)/python -m pytest -n auto -m "not thorough" --hypothesis-profile=ci $(TESTS)
 
 test-all: aot-all  ## the same with nothing left out: slow
 	$(BIN)/python -m pytest -n auto $(TESTS)
