@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from ._features import Indices
+from ._network import Network
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from ._weights import Source
 
-Builder = Callable[..., nn.Module]
+Builder = Callable[..., Network]
 B = TypeVar("B", bound=Builder)
 C = TypeVar("C", bound="DataclassInstance")
 
@@ -52,9 +53,11 @@ def create_model(
     weights: Source | None = None,
     num_classes: int = 1000,
     in_chans: int = 3,
+    features_only: bool = False,
+    out_indices: Indices = None,
     output_stride: int = 32,
     **overrides: Any,
-) -> nn.Module:
+) -> Network:
     """Build a model by name.
 
     Args:
@@ -62,8 +65,12 @@ def create_model(
         weights: what `load_weights` takes: a path or a state dict; None for random weights.
         num_classes: outputs of the classifier; 0 for none.
         in_chans: channels of the image; a checkpoint for three is adapted.
+        features_only: return feature maps, a list of them, described by `model.feature_info`; what
+            comes after the last one is dropped. Keys stay what they are.
+        out_indices: which maps, negative numbers from the end, or how many last ones; None for all.
         output_stride: 32, or 16 or 8 to trade the last strides for dilation.
         overrides: any other field of the family's config, by our, timm's or transformers' name.
+            None stands for the default.
 
     >>> create_model("resnet18", num_classes=10).fc
     Linear(in_features=512, out_features=10, bias=True)
@@ -72,13 +79,18 @@ def create_model(
         close = difflib.get_close_matches(name, _builders, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "list_models() has them all"
         raise KeyError(f"no model is called {name!r}; {hint}")
-    return _builders[name](
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices={out_indices!r} is for features_only=True; give both")
+    model = _builders[name](
         weights=weights,
-        num_classes=num_classes,
+        num_classes=0 if features_only else num_classes,
         in_chans=in_chans,
         output_stride=output_stride,
-        **overrides,
+        **{key: value for key, value in overrides.items() if value is not None},
     )
+    if features_only:
+        model.keep_features(out_indices)
+    return model
 
 
 def override(config: C, overrides: Mapping[str, Any], synonyms: Mapping[str, str]) -> C:

@@ -52,6 +52,7 @@ class ResNetConfig:
         avg_down: average-pool in a shortcut, in place of the stride of its convolution.
         down_kernel_size: of the convolution of a shortcut that has a stride or a dilation.
         block_reduce_first: divisor of the channels between the first two convolutions of a block.
+        global_pool: "avg", "max", "avgmax", "catavgmax", or "" with num_classes=0.
         drop_rate: dropout before the classifier.
     """
 
@@ -76,6 +77,7 @@ class ResNetConfig:
     avg_down: bool = False
     down_kernel_size: int = 1
     block_reduce_first: int = 1
+    global_pool: str = "avg"
     drop_rate: float = 0.0
 
     def __post_init__(self) -> None:

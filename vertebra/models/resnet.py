@@ -11,15 +11,14 @@ He et al. 2015 (arXiv:1512.03385), Xie et al. 2016 (arXiv:1611.05431), Zagoruyko
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import create_act, create_conv2d, create_norm_act, norm_act
+from ._features import feature
+from ._network import Network
 from ._registry import list_models, override, register_model
 from ._resnet_config import CONFIGS, SYNONYMS, ResNetConfig, Stage
 from ._weights import Source, load_weights
@@ -175,24 +174,8 @@ def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
     return nn.Sequential(first, *others)
 
 
-def _check_image(x: Tensor, channels: int | None) -> None:
-    if x.dim() != 4 or channels not in (None, x.shape[1]):
-        raise ValueError(
-            f"a ResNet takes images of shape (N, {channels or 'C'}, H, W), got {tuple(x.shape)}; "
-            "add the batch with x[None], or build the model with in_chans=<channels of the image>"
-        )
-
-
-torch.fx.wrap("_check_image")  # a leaf: it looks at a shape, which a proxy does not have
-
-
-class ResNet(nn.Module):
+class ResNet(Network):
     """The network that a `ResNetConfig` describes.
-
-    Attributes:
-        config: what it was built from.
-        num_classes: outputs of the classifier; 0 for none.
-        num_features: channels of the last feature map.
 
     >>> model = ResNet(ResNetConfig("basic", layers=(1, 1), num_classes=5))
     >>> model(torch.randn(2, 3, 33, 47)).shape
@@ -200,24 +183,21 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, config: ResNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.num_classes = config.num_classes
-        self.num_features = config.channels[-1]
-        self.drop_rate = config.drop_rate
+        super().__init__(config)
         self.conv1 = _stem_conv(config)
         self.bn1 = _norm(config, config.stem_channels)
         self.relu = create_act(config.act_layer)  # for a norm that does not bring its own
         self.maxpool = _stem_pool(config)
-        self.stage_names = tuple(f"layer{i + 1}" for i in range(len(config.layers)))
-        for name, stage in zip(self.stage_names, config.stages(), strict=True):
+        stages = config.stages()
+        self.stage_names = tuple(f"layer{i + 1}" for i in range(len(stages)))
+        self.feature_info = [feature(config.stem_channels, 2, "relu")]
+        reduction = 4
+        for name, stage in zip(self.stage_names, stages, strict=True):
             self.add_module(name, _make_stage(config, stage))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = self._make_classifier()
+            reduction *= stage.stride
+            self.feature_info.append(feature(stage.out_channels, reduction, name))
+        self._make_head(config.global_pool)
         self._init_weights()
-
-    def _make_classifier(self) -> nn.Module:
-        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -231,35 +211,17 @@ class ResNet(nn.Module):
                     if weight is not None:
                         nn.init.zeros_(weight)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last feature map, (N, num_features, ceil(H / 32), ceil(W / 32))."""
-        stem = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
-        _check_image(x, stem.weight.shape[1] if isinstance(stem, nn.Conv2d) else None)
-        x = norm_act(self.bn1, self.conv1(x), self.relu, pool=self.maxpool)
-        for name in self.stage_names:
-            x = getattr(self, name)(x)
-        return x
+    @property
+    def stem_conv(self) -> nn.Module:
+        return self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of a feature map, or with `pre_logits` what the classifier reads."""
-        x = self.avgpool(x).flatten(1)
-        if self.drop_rate:
-            x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.fc(x)
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return norm_act(self.bn1, self.conv1(x), self.relu, pool=self.maxpool)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier, `nn.Identity` where there is none."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a new classifier in place of the present one; 0 for none."""
-        self.config = replace(self.config, num_classes=num_classes)
-        self.num_classes = num_classes
-        like = next(self.parameters())
-        self.fc = self._make_classifier().to(like.device, like.dtype).train(self.training)
+    def forward_first_feature(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the feature map before the pool, at half the image's size, and after it."""
+        x = norm_act(self.bn1, self.conv1(x), self.relu)
+        return x, self.maxpool(x)
 
 
 def _build(name: str, *, weights: Source | None = None, **overrides: Any) -> ResNet:

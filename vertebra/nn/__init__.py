@@ -4,6 +4,7 @@ from ._act import ActLayer, create_act
 from .conv_norm_act import ConvNormAct, create_conv2d
 from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .global_avg_pool import GlobalAvgPool2d
+from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
 from .layer_norm import LayerNorm2d
 from .norm_act import (
@@ -23,6 +24,7 @@ __all__ = [
     "DropPathAdd",
     "FrozenBatchNormAct2d",
     "GlobalAvgPool2d",
+    "GlobalPool2d",
     "GlobalResponseNorm",
     "LayerNorm2d",
     "LayerScale",
@@ -31,6 +33,8 @@ __all__ = [
     "SqueezeExcite",
     "create_act",
     "create_conv2d",
+    "create_global_pool",
     "create_norm_act",
     "norm_act",
+    "pooled_channels",
 ]
