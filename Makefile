@@ -7,7 +7,7 @@ BIN        := .venv/bin
 READY      := .venv/.ready
 OLDEST     := .cache/triton-3.6.0
 TESTS      := --doctest-modules tests vertebra/kernels vertebra/nn vertebra/models vertebra/_explain.py
-ELSEWHERE  := --sampled sm_80 sm_89 sm_100 gfx942
+A_PART     := --typed sm_90 --sampled sm_80 sm_89 sm_100 gfx942
 
 .DEFAULT_GOAL := help
 .PHONY: help bench test test-all check aot aot-all gpu gpu-test gpu-kernels gpu-models gpu-train docs clean
@@ -30,8 +30,8 @@ check: $(READY)  ## lint, format, types, and the bans of .pre-commit-config.yaml
 	$(BIN)/pyright
 	SKIP=ruff,ruff-format,pyright $(BIN)/pre-commit run --all-files
 
-aot: $(READY) $(OLDEST)/.ready  ## compile every kernel: all of sm_90, a sample elsewhere and on the oldest triton
-	$(BIN)/python -m vertebra.testing.aot $(ELSEWHERE)
+aot: $(READY) $(OLDEST)/.ready  ## compile every kernel: for sm_90 each type, a sample elsewhere and on the oldest triton
+	$(BIN)/python -m vertebra.testing.aot $(A_PART)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot --targets sm_90 gfx942 --sampled sm_90 gfx942
 
 aot-all: $(READY) $(OLDEST)/.ready  ## every binary of every target on both tritons: slow, for a change to kernels

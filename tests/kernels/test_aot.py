@@ -208,12 +208,17 @@ def test_a_sample_has_every_kind_of_binary() -> None:
     def kinds(some):
         return {(b.target, *b.row[:2]) for b in some}
 
-    everything = aot.builds(["sm_90", "gfx942"], cases("aot", "batch_norm_act")[::3])
-    sampled = list(aot.sample(everything, ["gfx942"]))
-    assert kinds(sampled) == kinds(everything)
-    on = {target: [b for b in sampled if b.target == target] for target in ("sm_90", "gfx942")}
-    assert on["sm_90"] == [b for b in everything if b.target == "sm_90"]
-    assert len(on["gfx942"]) == len(kinds(on["gfx942"])) < len(on["sm_90"])
+    def types(some):
+        return {(b.target, b.row, b.functions) for b in some}
+
+    targets = ["sm_80", "sm_90", "gfx942"]
+    everything = aot.builds(targets, cases("aot", "batch_norm_act")[::3])
+    chosen = list(aot.sample(everything, ["gfx942"], ["sm_90"]))
+    whole, typed, sampled = ([b for b in chosen if b.target == target] for target in targets)
+    assert whole == [b for b in everything if b.target == "sm_80"]
+    assert types(typed) == types(b for b in everything if b.target == "sm_90")
+    assert kinds(sampled) == kinds(b for b in everything if b.target == "gfx942")
+    assert len(kinds(sampled)) == len(sampled) < len(types(typed)) == len(typed) < len(whole)
 
 
 @compiling

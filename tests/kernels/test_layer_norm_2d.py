@@ -142,7 +142,7 @@ def test_neither_shift_nor_scale_matters(x: Tensor, shift: float, scale: float) 
 @given(x=maps(), data=st.data())
 @settings(max_examples=8, deadline=None)
 def test_pixels_do_not_know_each_other(x: Tensor, data) -> None:
-    """Not a bit, in tensors of the same strides: another memory order is another order of adding."""
+    """Not a bit, where strides are the same: another memory order adds in another order."""
     order = torch.tensor(data.draw(st.permutations(range(x.shape[3]))))
     shuffled = x.clone(memory_format=torch.preserve_format)
     shuffled.copy_(x[..., order])

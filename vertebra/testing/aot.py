@@ -1,11 +1,11 @@
 """The compile gate: every kernel, compiled for every target on a machine without a GPU, and judged.
 
-    python -m vertebra.testing.aot [--targets sm_90] [--sampled sm_80] [--filter backward] [-v]
+    python -m vertebra.testing.aot [--targets sm_90] [--typed sm_90] [--sampled sm_80] [-v]
 
 The launches are those of declared cases, run on meta tensors through the ops' own Triton path,
 forward and backward; launches that the JIT would serve with one binary are compiled once. For a
-`--sampled` target, one binary per kernel and layout stands for those of other shapes, types,
-activations and optional arguments. A binary fails if
+`--typed` target, one binary per kernel, layout, type and activation stands for those of other
+shapes and optional arguments; for a `--sampled` one, one per kernel and layout. A binary fails if
 
 * it spills: stack, local memory, scratch;
 * it asks for more shared memory than the device has;
@@ -106,12 +106,19 @@ def builds(targets: Iterable[str], of: Iterable[Case], only: str = "") -> list[B
     return [build for build in found.values() if only in build.label]
 
 
-def sample(of: Iterable[Build], targets: Collection[str]) -> Iterator[Build]:
-    """Yield the builds, for `targets` only the first of each kind: a real model's, all options."""
+def sample(
+    of: Iterable[Build], sampled: Collection[str], typed: Collection[str] = ()
+) -> Iterator[Build]:
+    """Yield the builds, for some targets only the first of each kind: a real model's."""
     seen: set[tuple[Any, ...]] = set()
     for build in of:
-        kind = (build.target, *build.row[:2])
-        if build.target not in targets or kind not in seen:
+        if build.target in sampled:
+            kind = (build.target, *build.row[:2])
+        elif build.target in typed:
+            kind = (build.target, *build.row, build.functions)
+        else:
+            kind = (build.target, build.key)
+        if kind not in seen:
             seen.add(kind)
             yield build
 
@@ -312,7 +319,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", choices=_aot.TARGETS, default=list(_aot.TARGETS))
     parser.add_argument(
-        "--sampled", nargs="+", choices=_aot.TARGETS, default=[], help="one binary of each kind"
+        "--typed",
+        nargs="+",
+        choices=_aot.TARGETS,
+        default=[],
+        help="one binary per kernel, layout, type and activation",
+    )
+    parser.add_argument(
+        "--sampled",
+        nargs="+",
+        choices=_aot.TARGETS,
+        default=[],
+        help="one binary per kernel and layout",
     )
     parser.add_argument("--filter", default="", help="only binaries whose label contains this")
     parser.add_argument("--jobs", type=int, default=cpu_count() or 1)
@@ -329,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     start = time.perf_counter()
     todo = builds(options.targets, declared(), options.filter)
-    todo = list(sample(todo, options.sampled))
+    todo = list(sample(todo, options.sampled, options.typed))
     if not todo:
         parser.error(f"no binary's label contains {options.filter!r}")
     results = list(_watched(binaries(todo, options.jobs, options.cache), len(todo)))
