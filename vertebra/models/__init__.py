@@ -1,7 +1,8 @@
 """The models, the registry that builds them by name, and the loading of their weights."""
 
 from ._registry import create_model, list_models, register_model
-from ._weights import load_weights
+from ._weights import export_weights, load_weights
+from .heads import Backbone, ForImageClassification, Model
 from .resnet import (
     BasicBlock,
     Bottleneck,
@@ -20,11 +21,15 @@ from .resnet import (
 )
 
 __all__ = [
+    "Backbone",
     "BasicBlock",
     "Bottleneck",
+    "ForImageClassification",
+    "Model",
     "ResNet",
     "ResNetConfig",
     "create_model",
+    "export_weights",
     "list_models",
     "load_weights",
     "register_model",

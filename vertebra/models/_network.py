@@ -33,6 +33,7 @@ class Network(nn.Module):
 
     Attributes:
         config: what it was built from, a frozen dataclass.
+        family: "resnet", "regnet" or "convnext".
         stage_names: the stages, as names of submodules.
         stem_is_feature: whether feature 0 is the stem's, and feature 1 that of the first stage.
         num_classes: outputs of the classifier; 0 for none.
@@ -43,6 +44,7 @@ class Network(nn.Module):
         out_indices: after `keep_features`, the features that `forward` returns; else None.
     """
 
+    family: str
     stem_is_feature = True
     stage_names: tuple[str, ...]
     feature_info: list[dict[str, Any]] | FeatureInfo
@@ -77,6 +79,14 @@ class Network(nn.Module):
         """Return the last feature map, from what leaves the last stage."""
         return x
 
+    def make_feature_norm(self, channels: int) -> nn.Module | None:
+        """Return the norm that transformers' backbone puts behind a feature map, if any."""
+        return None
+
+    def state_channels(self) -> list[int]:
+        """Return the channels of what leaves the stem and each stage."""
+        return [self.config.stem_channels, *self.config.channels[: len(self.stage_names)]]
+
     def drop_neck(self) -> None:
         """Make `forward_neck` return what it is given."""
 
@@ -90,6 +100,14 @@ class Network(nn.Module):
         conv = self.stem_conv
         channels = conv.weight.shape[1] if isinstance(conv, nn.Conv2d) else None
         _check_image(x, channels, type(self).__name__)
+
+    def forward_states(self, x: Tensor) -> list[Tensor]:
+        """Return what leaves the stem and each stage: transformers' hidden states."""
+        self._check_image(x)
+        states = [self.forward_stem(x)]
+        for stage in self.stages():
+            states.append(stage(states[-1]))
+        return states
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map, (N, num_features, H', W')."""
@@ -142,9 +160,13 @@ class Network(nn.Module):
                 x = self.forward_neck(x)
         return found if intermediates_only else (x, found)
 
+    def forward_pool(self, x: Tensor) -> Tensor:
+        """Return a feature map pooled, (N, C, 1, 1): transformers' pooler output."""
+        return self.avgpool(x)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of a feature map, or with `pre_logits` what the classifier reads."""
-        x = self.avgpool(x)
+        x = self.forward_pool(x)
         if self.config.global_pool:
             x = x.flatten(1)
         if self.drop_rate:

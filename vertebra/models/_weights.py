@@ -1,6 +1,6 @@
-"""Loading of weights: read, unwrap, fit to the model, check every key, and only then copy.
+"""Loading of weights: read, unwrap, rename, fit to the model, check every key, and only then copy.
 
-A checkpoint has the keys of the model itself; for a ResNet they are torchvision's and timm's alike.
+A checkpoint has the keys of the model itself, or those of a library in `_layouts`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ._layouts import export, recognise
+from ._network import Network
 from ._registry import create_model, list_models
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -25,14 +27,28 @@ _COUNTER = "num_batches_tracked"  # old checkpoints and frozen norms do without
 _SHOWN = 5
 
 
-def load_weights(model: nn.Module, source: Source, *, keep_classifier: bool = False) -> None:
+def export_weights(model: Network, layout: str) -> dict[str, Tensor]:
+    """Return the weights of `model` as another library names and shapes them.
+
+    Args:
+        model: built by `create_model` or a builder of this package.
+        layout: "torchvision", "timm", "transformers", or for ConvNeXt "original".
+
+    >>> list(export_weights(create_model("resnet18"), "transformers"))[0]
+    'resnet.embedder.embedder.convolution.weight'
+    """
+    return export(model.state_dict(), model.family, layout)
+
+
+def load_weights(model: Network, source: Source, *, keep_classifier: bool = False) -> None:
     """Load a checkpoint into `model`, completely or not at all.
 
     Args:
         model: built by `create_model` or a builder of this package.
         source: a `.safetensors` file, a file of `torch.save` (read with `weights_only=True`), or a
-            state dict. The weights may lie under "state_dict", "model" or "model_ema", and their
-            names may carry the prefixes of DDP and `torch.compile`.
+            state dict, with the names that torchvision, timm, transformers, the original ConvNeXt
+            or this package give the weights. They may lie under "state_dict", "model" or
+            "model_ema", and their names may carry the prefixes of DDP and `torch.compile`.
         keep_classifier: leave the model's classifier as it is and load the rest. A model built with
             `num_classes=0` has none and takes the rest anyway.
 
@@ -48,6 +64,7 @@ def load_weights(model: nn.Module, source: Source, *, keep_classifier: bool = Fa
             "call model.to_empty(device=...) first"
         )
     weights = _unwrap(source if isinstance(source, Mapping) else _read(Path(source).expanduser()))
+    weights = _reshape(recognise(own.keys(), weights, model.family), own)
     classifier, has_classifier = _classifier(model)
     if keep_classifier or not has_classifier:
         weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
@@ -104,6 +121,17 @@ def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
         weights[key] = value
     weights.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
     return weights
+
+
+def _reshape(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fit the weights that differ from the model's in axes of length one alone."""
+
+    def fit(key: str, weight: Tensor) -> Tensor:
+        shape = own[key].shape if key in own else weight.shape
+        alike = [n for n in shape if n > 1] == [n for n in weight.shape if n > 1]
+        return weight.reshape(shape) if alike else weight
+
+    return {key: fit(key, weight) for key, weight in weights.items()}
 
 
 def _classifier(model: nn.Module) -> tuple[str, bool]:

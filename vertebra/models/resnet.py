@@ -182,6 +182,8 @@ class ResNet(Network):
     torch.Size([2, 5])
     """
 
+    family = "resnet"
+
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
         self.conv1 = _stem_conv(config)
