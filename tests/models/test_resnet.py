@@ -90,8 +90,14 @@ def build_on_meta(builder: Any, *args: Any, **kwargs: Any) -> Any:
 # torchvision
 
 
+QUICK = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.thorough) for n in TORCHVISION],
+)
 def test_matches_torchvision(name, torchvision, randomize):
     peer = randomize(build_on_meta(getattr(torchvision, name)))
     ours = build_on_meta(getattr(vertebra.models, name)).to_empty(device="cpu")

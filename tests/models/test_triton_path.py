@@ -24,11 +24,23 @@ def _pass(model: nn.Module, x: Tensor, dy: Tensor, path: str) -> dict[str, Tenso
     return named | {name: b for name, b in model.named_buffers() if b.is_floating_point()}
 
 
+SMALL = {"hidden_sizes": (32, 64, 96), "layers": (1, 1, 1)}
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.thorough)])
-def test_network_on_triton(name: str, training: bool, device, randomize) -> None:
-    model = randomize(vertebra.create_model(name, num_classes=10)).to(device).train(training)
-    x, dy = torch.randn(2, 3, 64, 64, device=device), torch.randn(2, 10, device=device)
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("resnet18", SMALL, 32),
+        ("resnet50", SMALL, 32),
+        pytest.param("resnet18", {}, 64, marks=pytest.mark.thorough),
+        pytest.param("resnet50", {}, 64, marks=pytest.mark.thorough),
+    ],
+)
+def test_network_on_triton(name: str, options, size: int, training: bool, device, randomize):
+    model = randomize(vertebra.create_model(name, num_classes=10, **options))
+    model = model.to(device).train(training)
+    x, dy = torch.randn(2, 3, size, size, device=device), torch.randn(2, 10, device=device)
     model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     truth = _pass(model, x.double(), dy.double(), "eager")
     eager = _pass(model, x, dy, "eager")

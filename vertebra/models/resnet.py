@@ -177,8 +177,9 @@ def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
 class ResNet(Network):
     """The network that a `ResNetConfig` describes.
 
-    >>> model = ResNet(ResNetConfig("basic", layers=(1, 1), num_classes=5))
-    >>> model(torch.randn(2, 3, 33, 47)).shape
+    >>> import torch
+    >>> model = ResNet(ResNetConfig("basic", layers=(1,), hidden_sizes=(8,), num_classes=5))
+    >>> model(torch.randn(2, 3, 9, 11)).shape
     torch.Size([2, 5])
     """
 
