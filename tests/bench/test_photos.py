@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vertebra.bench import peers, photos
+from vertebra.models._transforms import IMAGENET_MEAN, IMAGENET_STD
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -28,7 +29,7 @@ def test_preprocessing_is_torchvisions(version, shape, size) -> None:
             transforms.Resize(size * 256 // 224),
             transforms.CenterCrop(size),
             *to_tensor,
-            transforms.Normalize(photos.MEAN, photos.STD),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
     ours = photos.preprocess(image, size)

@@ -1,6 +1,8 @@
 """The models, the registry that builds them by name, and the loading of their weights."""
 
+from ._pretrained import ENUMS, Weights, get_weight
 from ._registry import create_model, list_models, register_model
+from ._transforms import ImageTransform
 from ._weights import export_weights, load_weights
 from .heads import Backbone, ForImageClassification, Model
 from .resnet import (
@@ -25,11 +27,14 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ForImageClassification",
+    "ImageTransform",
     "Model",
     "ResNet",
     "ResNetConfig",
+    "Weights",
     "create_model",
     "export_weights",
+    "get_weight",
     "list_models",
     "load_weights",
     "register_model",
@@ -44,3 +49,9 @@ __all__ = [
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
+
+
+def __getattr__(name: str) -> type[Weights]:  # ResNet50_Weights and the like
+    if name in ENUMS:
+        return ENUMS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._features import Indices
 from ._network import Network
+from ._pretrained import weights_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,13 +39,16 @@ def register_model(builder: B, *, name: str | None = None) -> B:
     return builder
 
 
-def list_models(pattern: str = "*") -> list[str]:
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     """Return the sorted names that match a shell pattern.
+
+    With `pretrained`, only those of models with weights in `get_weight`'s list.
 
     >>> list_models("wide_*")
     ['wide_resnet101_2', 'wide_resnet50_2']
     """
-    return sorted(name for name in _builders if fnmatchcase(name, pattern))
+    names = sorted(name for name in _builders if fnmatchcase(name, pattern))
+    return [name for name in names if weights_of(name)] if pretrained else names
 
 
 def create_model(
@@ -62,8 +66,10 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        weights: what `load_weights` takes: a path or a state dict; None for random weights.
-        num_classes: outputs of the classifier; 0 for none.
+        weights: what `load_weights` takes: a path, a state dict, a `Weights` member, a hub id. Or a
+            member of this model's weights by its own name: "DEFAULT". None for random weights.
+        num_classes: outputs of the classifier; 0 for none. Published weights of another number of
+            classes leave the classifier random.
         in_chans: channels of the image; a checkpoint for three is adapted.
         features_only: return feature maps, a list of them, described by `model.feature_info`; what
             comes after the last one is dropped. Keys stay what they are.
@@ -81,6 +87,9 @@ def create_model(
         raise KeyError(f"no model is called {name!r}; {hint}")
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices={out_indices!r} is for features_only=True; give both")
+    published = weights_of(name)
+    if published and isinstance(weights, str) and weights in published.__members__:
+        weights = published[weights]
     model = _builders[name](
         weights=weights,
         num_classes=0 if features_only else num_classes,

@@ -16,11 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ._hub import download, in_folder, is_repository
 from ._layouts import export, recognise
 from ._network import Network
+from ._pretrained import Weights, get_weight
 from ._registry import create_model, list_models
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
+Source = str | os.PathLike[str] | Mapping[str, Any] | Weights
 
 _WRAPPERS = ("state_dict", "model", "model_ema")  # what training scripts file the weights under
 _COUNTER = "num_batches_tracked"  # old checkpoints and frozen norms do without
@@ -40,17 +42,21 @@ def export_weights(model: Network, layout: str) -> dict[str, Tensor]:
     return export(model.state_dict(), model.family, layout)
 
 
-def load_weights(model: Network, source: Source, *, keep_classifier: bool = False) -> None:
+def load_weights(model: Network, source: Source, *, keep_classifier: bool | None = None) -> None:
     """Load a checkpoint into `model`, completely or not at all.
 
     Args:
         model: built by `create_model` or a builder of this package.
-        source: a `.safetensors` file, a file of `torch.save` (read with `weights_only=True`), or a
-            state dict, with the names that torchvision, timm, transformers, the original ConvNeXt
-            or this package give the weights. They may lie under "state_dict", "model" or
-            "model_ema", and their names may carry the prefixes of DDP and `torch.compile`.
-        keep_classifier: leave the model's classifier as it is and load the rest. A model built with
-            `num_classes=0` has none and takes the rest anyway.
+        source: a `.safetensors` file, a file of `torch.save` (read with `weights_only=True`), a
+            folder of `save_pretrained`, a state dict, a `Weights` member or its full name, or the
+            id of a repository on the Hugging Face hub ("timm/resnet50.a1_in1k"). The weights have
+            the names that torchvision, timm, transformers, the original ConvNeXt or this package
+            give them, may lie under "state_dict", "model" or "model_ema", and their names may
+            carry the prefixes of DDP and `torch.compile`.
+        keep_classifier: leave the model's classifier as it is and load the rest. None does so for
+            published weights (a member, the hub) of another number of classes, which are a start
+            for training; a file of yours that does not fit is an error. A model built with
+            `num_classes=0` has no classifier and takes the rest anyway.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,9 +69,16 @@ def load_weights(model: Network, source: Source, *, keep_classifier: bool = Fals
             "the model must have memory to copy weights into, and it is on the meta device; "
             "call model.to_empty(device=...) first"
         )
-    weights = _unwrap(source if isinstance(source, Mapping) else _read(Path(source).expanduser()))
-    weights = _reshape(recognise(own.keys(), weights, model.family), own)
+    is_published = False
+    if not isinstance(source, Mapping):
+        source, is_published = _find(source)
+        source = _read(source)
+    weights = _reshape(recognise(own.keys(), _unwrap(source), model.family), own)
     classifier, has_classifier = _classifier(model)
+    if keep_classifier is None:
+        last = f"{classifier}weight"
+        keep_classifier = is_published and last in own and last in weights
+        keep_classifier = keep_classifier and len(own[last]) != len(weights[last])
     if keep_classifier or not has_classifier:
         weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
         weights |= {key: value for key, value in own.items() if key.startswith(classifier)}
@@ -78,9 +91,23 @@ def load_weights(model: Network, source: Source, *, keep_classifier: bool = Fals
     model.load_state_dict({key: weights.get(key, value) for key, value in own.items()})
 
 
+def _find(source: str | os.PathLike[str] | Weights) -> tuple[Path, bool]:
+    """Return the file with the weights, fetched if need be, and whether they are published."""
+    if isinstance(source, Weights):
+        return source.download(), True
+    name = os.fspath(source)
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if path.exists():
+        return (in_folder(path) if path.is_dir() else path), False
+    if "_Weights." in name:
+        return get_weight(name).download(), True
+    repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if repository != name or is_repository(name):
+        return download(repository), True
+    raise FileNotFoundError(f"weights: there is no file {path}")
+
+
 def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: there is no file {path}")
     try:
         content = _load(path)
     except (ImportError, MemoryError, OSError):
