@@ -4,6 +4,16 @@ from ._pretrained import ENUMS, Weights, get_weight
 from ._registry import create_model, list_models, register_model
 from ._transforms import ImageTransform
 from ._weights import export_weights, load_weights
+from .convnext import (
+    ConvNeXt,
+    ConvNeXtBlock,
+    ConvNeXtConfig,
+    ConvNeXtStage,
+    convnext_base,
+    convnext_large,
+    convnext_small,
+    convnext_tiny,
+)
 from .heads import Backbone, ForImageClassification, Model
 from .resnet import (
     BasicBlock,
@@ -26,12 +36,20 @@ __all__ = [
     "Backbone",
     "BasicBlock",
     "Bottleneck",
+    "ConvNeXt",
+    "ConvNeXtBlock",
+    "ConvNeXtConfig",
+    "ConvNeXtStage",
     "ForImageClassification",
     "ImageTransform",
     "Model",
     "ResNet",
     "ResNetConfig",
     "Weights",
+    "convnext_base",
+    "convnext_large",
+    "convnext_small",
+    "convnext_tiny",
     "create_model",
     "export_weights",
     "get_weight",

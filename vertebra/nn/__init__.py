@@ -14,6 +14,7 @@ from .norm_act import (
     create_norm_act,
     norm_act,
 )
+from .rms_norm import RmsNorm2d, SimpleNorm2d
 from .squeeze_excite import SqueezeExcite
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "LayerScale",
     "LayerScale2d",
     "NormLayer",
+    "RmsNorm2d",
+    "SimpleNorm2d",
     "SqueezeExcite",
     "create_act",
     "create_conv2d",

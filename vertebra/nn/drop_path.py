@@ -107,8 +107,8 @@ class DropPathAdd(DropPath):
     """`residual + drop_path(gamma * x)`: how a residual block ends, in one pass over memory.
 
     A `DropPath`, so that what looks for those to change their `drop_prob` finds it; its gamma, if
-    it has one, is that of `LayerScale2d` and of a ConvNeXt block. Runs as
-    `vertebra.kernels.drop_path_add`.
+    it has one, is that of `LayerScale2d`. `forward` also takes the gamma of a block that holds it
+    itself, as ConvNeXt's do. Runs as `vertebra.kernels.drop_path_add`.
 
     Args:
         dim: number of channels; not needed without gamma.
@@ -150,9 +150,11 @@ class DropPathAdd(DropPath):
         if self.gamma is not None and self.init_values is not None:
             nn.init.constant_(self.gamma, self.init_values)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None
+    ) -> Tensor:
         return drop_path_add(
-            *(x, residual, self.gamma),
+            *(x, residual, self.gamma if gamma is None else gamma),
             drop_prob=self.drop_prob if self.training else 0.0,
             scale_by_keep=self.scale_by_keep,
         )

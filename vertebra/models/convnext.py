@@ -1,0 +1,318 @@
+"""ConvNeXt and ConvNeXt V2, with the options of torchvision, timm and transformers.
+
+    stem (stride 4) -> four stages of residual blocks, stride 2 before all but the first
+        -> mean -> norm -> fc
+
+    block   x + drop_path(gamma * fc2(grn(gelu(fc1(norm(conv_dw(x)))))))
+
+V2 has the GRN in its MLPs, V1 the gamma. Keys, order of construction, initialisation and arithmetic
+are timm's: a checkpoint gives the same numbers here and there, a seed the same weights. The norms,
+the GRN, the end of a block and the pooling with its norm run as one op each.
+
+Liu et al. 2022 (arXiv:2201.03545); V2: Woo et al. 2023 (arXiv:2301.00808).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import (
+    DropPathAdd,
+    GlobalAvgPool2d,
+    GlobalResponseNorm,
+    LayerNorm2d,
+    RmsNorm2d,
+    SimpleNorm2d,
+    create_act,
+    create_conv2d,
+)
+from ._convnext_config import CONFIGS, SYNONYMS, ConvNeXtConfig, Stage
+from ._registry import list_models, override, register_model
+from ._weights import Source, load_weights
+
+_NORMS: dict[str, type[nn.Module]] = {
+    "layernorm": LayerNorm2d,
+    "rmsnorm": RmsNorm2d,
+    "simplenorm": SimpleNorm2d,
+}
+
+
+def _norm(
+    config: ConvNeXtConfig,
+    channels: int,
+    eps: float | None = None,
+    data_format: str = "channels_first",
+) -> nn.Module:
+    layer = config.norm_layer or "layernorm2d"
+    if not isinstance(layer, str):
+        return layer(channels)
+    name = layer.lower().removesuffix("2d")
+    if name not in _NORMS:
+        raise ValueError(
+            f"norm_layer must be one of {', '.join(f'{name}2d' for name in _NORMS)}, or a class or "
+            f"factory, and conv_mlp=True beside it; got {layer!r}"
+        )
+    return _NORMS[name](channels, eps or config.norm_eps or 1e-6, data_format=data_format)
+
+
+class Mlp(nn.Module):
+    """`fc2(grn(act(fc1(x))))` of every pixel; the GRN, which V1 lacks, looks at all of them."""
+
+    def __init__(self, config: ConvNeXtConfig, channels: int) -> None:
+        super().__init__()
+        hidden = int(config.mlp_ratio * channels)
+        layer = partial(nn.Conv2d, kernel_size=1) if config.conv_mlp else nn.Linear
+        self.fc1 = layer(channels, hidden)
+        self.act = create_act(config.act_layer)
+        self.grn = (
+            GlobalResponseNorm(hidden, channels_last=not config.conv_mlp)
+            if config.use_grn
+            else nn.Identity()
+        )
+        self.fc2 = layer(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.grn(self.act(self.fc1(x))))
+
+
+class ConvNeXtBlock(nn.Module):
+    """`x + drop_path(gamma * mlp(norm(conv_dw(x))))`, where gamma is left out if it is None."""
+
+    gamma: Tensor | None
+
+    def __init__(
+        self,
+        config: ConvNeXtConfig,
+        channels: int,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.conv_mlp = config.conv_mlp
+        self.conv_dw = create_conv2d(
+            *(channels, channels, kernel_size),
+            dilation=dilation,
+            groups=channels,
+            bias=config.conv_bias,
+        )
+        order = "channels_first" if config.conv_mlp else "channels_last"
+        self.norm = _norm(config, channels, data_format=order)
+        self.mlp = Mlp(config, channels)
+        if config.ls_init_value is None:
+            self.register_parameter("gamma", None)
+        else:
+            self.gamma = nn.Parameter(torch.full((channels,), float(config.ls_init_value)))
+        self.drop_path = DropPathAdd(drop_prob=drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv_dw(x)
+        if self.conv_mlp:
+            y = self.mlp(self.norm(y))
+        else:
+            y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.drop_path(y, x, self.gamma)
+
+
+class ConvNeXtStage(nn.Module):
+    """A norm and a convolution that downsamples, where there is need of them, and the blocks."""
+
+    def __init__(self, config: ConvNeXtConfig, stage: Stage) -> None:
+        super().__init__()
+        self.downsample = (
+            nn.Sequential(
+                _norm(config, stage.in_channels),
+                create_conv2d(
+                    *(stage.in_channels, stage.out_channels, 2 if stage.resamples else 1),
+                    stride=stage.stride,
+                    padding="same" if stage.dilation > 1 else "valid",
+                    dilation=stage.first_dilation,
+                    bias=config.conv_bias,
+                ),
+            )
+            if stage.downsamples
+            else nn.Identity()
+        )
+        self.blocks = nn.Sequential(
+            *(
+                ConvNeXtBlock(config, stage.out_channels, stage.kernel_size, stage.dilation, rate)
+                for rate in stage.drop_path_rates
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+def _make_stem(config: ConvNeXtConfig) -> nn.Sequential:
+    channels, bias = config.dims[0], config.conv_bias
+    if config.stem_type == "patch":
+        size = config.patch_size
+        conv = create_conv2d(
+            config.in_chans, channels, size, stride=size, padding="valid", bias=bias
+        )
+        return nn.Sequential(conv, _norm(config, channels))
+    inner = config.tiered_channels if config.stem_type == "overlap_tiered" else channels
+    layers: list[nn.Module] = [
+        create_conv2d(config.in_chans, inner, 3, stride=2, bias=bias),
+        create_conv2d(inner, channels, 3, stride=2, bias=bias),
+        _norm(config, channels),
+    ]
+    if config.stem_type == "overlap_act":
+        layers.insert(1, create_act(config.act_layer))
+    return nn.Sequential(*layers)
+
+
+class NormMlpClassifierHead(nn.Module):
+    """`fc(dropout(pre_logits(norm(pool(x)))))`, with timm's keys.
+
+    Args:
+        config: of the network.
+        norm: of what is pooled; an identity where the map was normalised before.
+    """
+
+    def __init__(self, config: ConvNeXtConfig, norm: nn.Module) -> None:
+        super().__init__()
+        self.num_features = config.head_hidden_size or config.dims[-1]
+        self.drop_rate = config.drop_rate
+        self.global_pool = GlobalAvgPool2d(flatten=True)
+        self.norm = norm
+        self.pre_logits = nn.Identity()
+        if config.head_hidden_size:
+            fc = nn.Linear(config.dims[-1], config.head_hidden_size)
+            self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.GELU()))
+        self.fc = self.make_classifier(config.num_classes)
+
+    def make_classifier(self, num_classes: int) -> nn.Module:
+        """Build a new classifier; an identity for 0 classes."""
+        return nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.pre_logits(self.global_pool(x, self.norm))
+        if self.drop_rate:
+            x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+
+def _check_image(x: Tensor, channels: int | None, size: int) -> None:
+    if x.dim() != 4 or channels not in (None, x.shape[1]) or min(x.shape[2:]) < size:
+        raise ValueError(
+            f"this ConvNeXt takes images of shape (N, {channels or 'C'}, H, W), H and W at least "
+            f"{size}, got {tuple(x.shape)}; add the batch with x[None], enlarge the image, or "
+            "build the model with in_chans=<channels of the image>"
+        )
+
+
+torch.fx.wrap("_check_image")  # a leaf: it looks at a shape, which a proxy does not have
+
+
+def _trunc_normal(weight: Tensor) -> None:
+    """Draw from N(0, 0.02^2) cut off at 2, by the inverse of its distribution as timm does."""
+    with torch.no_grad():
+        weight.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
+
+
+class ConvNeXt(nn.Module):
+    """The network that a `ConvNeXtConfig` describes.
+
+    Attributes:
+        config: what it was built from.
+        num_classes: outputs of the classifier; 0 for none.
+        num_features: channels of the last feature map.
+
+    >>> model = ConvNeXt(ConvNeXtConfig(depths=(1, 1), dims=(8, 16), num_classes=5))
+    >>> model(torch.randn(2, 3, 33, 47)).shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(self, config: ConvNeXtConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.num_features = config.dims[-1]
+        self.stem = _make_stem(config)
+        self.stages = nn.Sequential(*(ConvNeXtStage(config, stage) for stage in config.stages()))
+        norm = _norm(config, self.num_features, config.head_norm_eps)
+        first, last = (norm, nn.Identity()) if config.head_norm_first else (nn.Identity(), norm)
+        self.norm_pre = first
+        self.head = NormMlpClassifierHead(config, last)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                _trunc_normal(module.weight)
+                if name.startswith("head."):
+                    module.weight.data.mul_(self.config.head_init_scale)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, (N, num_features, H // 32, W // 32)."""
+        stem = self.stem[0]
+        channels = stem.weight.shape[1] if isinstance(stem, nn.Conv2d) else None
+        _check_image(x, channels, self.config.min_size)
+        return self.norm_pre(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits of a feature map, or with `pre_logits` what the classifier reads."""
+        return self.head(x, pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier, `nn.Identity` where there is none."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new classifier in place of the present one; 0 for none."""
+        self.config = replace(self.config, num_classes=num_classes)
+        self.num_classes = num_classes
+        like = next(self.parameters())
+        fc = self.head.make_classifier(num_classes)
+        self.head.fc = fc.to(like.device, like.dtype).train(self.training)
+
+
+def _build(name: str, *, weights: Source | None = None, **overrides: Any) -> ConvNeXt:
+    model = ConvNeXt(override(CONFIGS[name], overrides, SYNONYMS))
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+@register_model
+def convnext_tiny(*, weights: Source | None = None, **overrides: Any) -> ConvNeXt:
+    """Build ConvNeXt-T; `overrides` are fields of `ConvNeXtConfig`."""
+    return _build("convnext_tiny", weights=weights, **overrides)
+
+
+@register_model
+def convnext_small(*, weights: Source | None = None, **overrides: Any) -> ConvNeXt:
+    """Build ConvNeXt-S; `overrides` are fields of `ConvNeXtConfig`."""
+    return _build("convnext_small", weights=weights, **overrides)
+
+
+@register_model
+def convnext_base(*, weights: Source | None = None, **overrides: Any) -> ConvNeXt:
+    """Build ConvNeXt-B; `overrides` are fields of `ConvNeXtConfig`."""
+    return _build("convnext_base", weights=weights, **overrides)
+
+
+@register_model
+def convnext_large(*, weights: Source | None = None, **overrides: Any) -> ConvNeXt:
+    """Build ConvNeXt-L; `overrides` are fields of `ConvNeXtConfig`."""
+    return _build("convnext_large", weights=weights, **overrides)
+
+
+for _name in CONFIGS.keys() - list_models():  # timm's, which have no function of their own
+    register_model(partial(_build, _name), name=_name)
