@@ -397,3 +397,11 @@ def test_torchvisions_stochastic_depth_given_its_mask(mode: str, device) -> None
         theirs = StochasticDepth(0.4, mode)(x)
         noise = torch.where(kept(theirs), 0.0, 0.999)
         torch.testing.assert_close(drop_path_add(x, drop_prob=0.4, noise=noise), theirs)
+
+
+def test_takes_the_gamma_of_its_block(device) -> None:
+    x, residual = maps(device)
+    gamma = torch.randn(8, device=device)
+    own = DropPathAdd(8, 1.0).to(device)
+    own.gamma.data.copy_(gamma)
+    assert torch.equal(DropPathAdd()(x, residual, gamma), own(x, residual))

@@ -217,8 +217,9 @@ torch.fx.wrap("_check_image")  # a leaf: it looks at a shape, which a proxy does
 
 def _trunc_normal(weight: Tensor) -> None:
     """Draw from N(0, 0.02^2) cut off at 2, by the inverse of its distribution as timm does."""
-    with torch.no_grad():
-        weight.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
+    if not weight.is_meta:
+        with torch.no_grad():
+            weight.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
 
 
 class ConvNeXt(nn.Module):

@@ -81,7 +81,7 @@ class RmsNorm2d(nn.RMSNorm):
 
 
 class SimpleNorm2d(RmsNorm2d):
-    """`x / sqrt(var(x) + eps) * weight`: `RmsNorm2d` with the unbiased variance for the mean square.
+    """`x / sqrt(var(x) + eps) * weight`: `RmsNorm2d` with the unbiased variance of the channels.
 
     The mean is taken off for the variance only. Signature and `state_dict` key of timm's module of
     this name; with `data_format` also what its `SimpleNorm` does for (N, H, W, C).
