@@ -67,6 +67,8 @@ class ConvNeXtConfig:
         output_stride: 32 and more, or 16 or 8 to trade the strides beyond it for dilation, as timm.
         downsample_in_first_stage: stride 2 in the first stage as well; None for that where the
             stem's stride is 2, as timm. transformers: False.
+        global_pool: "avg", "max", "avgmax", "catavgmax" with head_norm_first, or "" with
+            num_classes=0.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first.
             torchvision: `stochastic_depth_prob`, with a default of its own for each variant.
@@ -93,6 +95,7 @@ class ConvNeXtConfig:
     head_init_scale: float = 1.0
     output_stride: int = 32
     downsample_in_first_stage: bool | None = None
+    global_pool: str = "avg"
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
 
@@ -168,10 +171,27 @@ class ConvNeXtConfig:
             "a head has head_hidden_size or head_norm_first, not both; give one of them",
         )
         require(
+            self.global_pool != "" or (self.num_classes == 0 and self.head_hidden_size is None),
+            "global_pool num_classes head_hidden_size",
+            "a classifier reads pooled features; give a global_pool, or num_classes=0 and no "
+            "head_hidden_size",
+        )
+        require(
+            self.head_norm_first or not self.global_pool.endswith("catavgmax"),
+            "global_pool head_norm_first",
+            "catavgmax doubles the channels that the last norm reads; set head_norm_first=True, or "
+            "choose another global_pool",
+        )
+        require(
             self.output_stride >= 8 and self.output_stride.bit_count() == 1,
             "output_stride",
             "output_stride must be a power of two, 8 or more",
         )
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels that leave each stage."""
+        return tuple(self.dims)
 
     @property
     def _kernel_sizes(self) -> tuple[int, ...]:
@@ -190,14 +210,6 @@ class ConvNeXtConfig:
         half = self.dims[0] // 2
         channels = max(8, (half + 4) // 8 * 8)
         return channels if channels >= 0.9 * half else channels + 8
-
-    @property
-    def min_size(self) -> int:
-        """The least height and width of an image, of which one pixel then leaves the last stage."""
-        size = 1
-        for stage in self.stages():
-            size *= stage.stride
-        return size * self.patch_size if self.stem_type == "patch" else 4 * (size - 1) + 1
 
     def stages(self) -> list[Stage]:
         """Return the stages, with every trade of stride for dilation made."""

@@ -90,9 +90,13 @@ class Network(nn.Module):
     def drop_neck(self) -> None:
         """Make `forward_neck` return what it is given."""
 
+    def drop_head(self) -> None:
+        """Make `forward_head` return what it is given."""
+        self.reset_classifier(0, "")
+
     # -------------------------------------------------------------------------------- the passage
 
-    def stages(self) -> list[nn.Module]:
+    def list_stages(self) -> list[nn.Module]:
         """Return the stages, in order."""
         return [self.get_submodule(name) for name in self.stage_names]
 
@@ -113,7 +117,7 @@ class Network(nn.Module):
         """Return the last feature map, (N, num_features, H', W')."""
         self._check_image(x)
         x = self.forward_stem(x)
-        for stage in self.stages():
+        for stage in self.list_stages():
             x = stage(x)
         return self.forward_neck(x)
 
@@ -149,7 +153,7 @@ class Network(nn.Module):
             found.append(feature)
         else:
             x = self.forward_stem(x)
-        for i, stage in enumerate(self.stages(), int(self.stem_is_feature)):
+        for i, stage in enumerate(self.list_stages(), int(self.stem_is_feature)):
             if stop_early and i > wanted[-1]:
                 break
             x = stage(x)
@@ -225,7 +229,7 @@ class Network(nn.Module):
         if isinstance(self.feature_info, FeatureInfo):
             raise ValueError(f"the model returns features {self.out_indices} already")
         info = FeatureInfo(self.feature_info, out_indices)
-        self.prune_intermediate_layers(info.out_indices)
+        self.prune_intermediate_layers(info.out_indices, prune_norm=True)
         self.feature_info, self.out_indices = info, info.out_indices
 
     def prune_intermediate_layers(
@@ -250,5 +254,5 @@ class Network(nn.Module):
         if dropped or prune_norm:
             self.drop_neck()
         if dropped or prune_head:
-            self.reset_classifier(0, "")
+            self.drop_head()
         return wanted

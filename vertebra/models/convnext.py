@@ -34,8 +34,12 @@ from ..nn import (
     SimpleNorm2d,
     create_act,
     create_conv2d,
+    create_global_pool,
+    pooled_channels,
 )
 from ._convnext_config import CONFIGS, SYNONYMS, ConvNeXtConfig, Stage
+from ._features import feature
+from ._network import Network
 from ._registry import list_models, override, register_model
 from ._weights import Source, load_weights
 
@@ -123,11 +127,24 @@ class ConvNeXtBlock(nn.Module):
         return self.drop_path(y, x, self.gamma)
 
 
+def _check_size(x: Tensor, stride: int, reduction: int) -> None:
+    if min(x.shape[2:]) < stride:
+        raise ValueError(
+            f"this ConvNeXt takes images of at least {reduction} x {reduction} pixels; of a smaller "
+            f"one, a convolution of stride {stride} gets {x.shape[2]} x {x.shape[3]}; enlarge it"
+        )
+
+
+torch.fx.wrap("_check_size")  # a leaf: it looks at a shape, which a proxy does not have
+
+
 class ConvNeXtStage(nn.Module):
     """A norm and a convolution that downsamples, where there is need of them, and the blocks."""
 
     def __init__(self, config: ConvNeXtConfig, stage: Stage) -> None:
         super().__init__()
+        self.stride = stage.stride
+        self.reduction = stage.reduction
         self.downsample = (
             nn.Sequential(
                 _norm(config, stage.in_channels),
@@ -150,6 +167,7 @@ class ConvNeXtStage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_size(x, self.stride, self.reduction)
         return self.blocks(self.downsample(x))
 
 
@@ -173,46 +191,45 @@ def _make_stem(config: ConvNeXtConfig) -> nn.Sequential:
 
 
 class NormMlpClassifierHead(nn.Module):
-    """`fc(dropout(pre_logits(norm(pool(x)))))`, with timm's keys.
+    """`fc(dropout(pre_logits(norm(pool(x)))))`, under timm's keys.
 
     Args:
         config: of the network.
-        norm: of what is pooled; an identity where the map was normalised before.
+        norm: of what was pooled, or an identity.
     """
 
     def __init__(self, config: ConvNeXtConfig, norm: nn.Module) -> None:
         super().__init__()
-        self.num_features = config.head_hidden_size or config.dims[-1]
         self.drop_rate = config.drop_rate
-        self.global_pool = GlobalAvgPool2d(flatten=True)
         self.norm = norm
-        self.pre_logits = nn.Identity()
-        if config.head_hidden_size:
+        self.pre_logits: nn.Module = nn.Identity()
+        if config.head_hidden_size is not None:
             fc = nn.Linear(config.dims[-1], config.head_hidden_size)
             self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.GELU()))
-        self.fc = self.make_classifier(config.num_classes)
+        self.reset(config, config.dims[-1])
 
-    def make_classifier(self, num_classes: int) -> nn.Module:
-        """Build a new classifier; an identity for 0 classes."""
-        return nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+    def reset(self, config: ConvNeXtConfig, channels: int) -> None:
+        """Put a new pooling and a new classifier in place of the present ones."""
+        self.pools = config.global_pool != ""
+        self.global_pool = create_global_pool(config.global_pool)
+        pooled = pooled_channels(config.global_pool, channels)
+        self.num_features = config.head_hidden_size or pooled
+        has_classifier = config.num_classes > 0
+        self.fc = (
+            nn.Linear(self.num_features, config.num_classes) if has_classifier else nn.Identity()
+        )
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.pre_logits(self.global_pool(x, self.norm))
+        if isinstance(self.global_pool, GlobalAvgPool2d):
+            x = self.global_pool(x, self.norm)
+        else:
+            x = self.norm(self.global_pool(x))
+        if self.pools:
+            x = x.flatten(1)
+        x = self.pre_logits(x)
         if self.drop_rate:
             x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
-
-
-def _check_image(x: Tensor, channels: int | None, size: int) -> None:
-    if x.dim() != 4 or channels not in (None, x.shape[1]) or min(x.shape[2:]) < size:
-        raise ValueError(
-            f"this ConvNeXt takes images of shape (N, {channels or 'C'}, H, W), H and W at least "
-            f"{size}, got {tuple(x.shape)}; add the batch with x[None], enlarge the image, or "
-            "build the model with in_chans=<channels of the image>"
-        )
-
-
-torch.fx.wrap("_check_image")  # a leaf: it looks at a shape, which a proxy does not have
 
 
 def _trunc_normal(weight: Tensor) -> None:
@@ -222,30 +239,30 @@ def _trunc_normal(weight: Tensor) -> None:
             weight.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(Network):
     """The network that a `ConvNeXtConfig` describes.
-
-    Attributes:
-        config: what it was built from.
-        num_classes: outputs of the classifier; 0 for none.
-        num_features: channels of the last feature map.
 
     >>> model = ConvNeXt(ConvNeXtConfig(depths=(1, 1), dims=(8, 16), num_classes=5))
     >>> model(torch.randn(2, 3, 33, 47)).shape
     torch.Size([2, 5])
     """
 
+    stem_is_feature = False
+
     def __init__(self, config: ConvNeXtConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.num_classes = config.num_classes
-        self.num_features = config.dims[-1]
+        super().__init__(config)
+        stages = config.stages()
         self.stem = _make_stem(config)
-        self.stages = nn.Sequential(*(ConvNeXtStage(config, stage) for stage in config.stages()))
-        norm = _norm(config, self.num_features, config.head_norm_eps)
-        first, last = (norm, nn.Identity()) if config.head_norm_first else (nn.Identity(), norm)
-        self.norm_pre = first
-        self.head = NormMlpClassifierHead(config, last)
+        self.stages = nn.Sequential(*(ConvNeXtStage(config, stage) for stage in stages))
+        self.stage_names = tuple(f"stages.{i}" for i in range(len(stages)))
+        self.feature_info = [
+            feature(stage.out_channels, stage.reduction, name)
+            for stage, name in zip(stages, self.stage_names, strict=True)
+        ]
+        norm, identity = _norm(config, self.num_features, config.head_norm_eps), nn.Identity()
+        self.norm_pre = norm if config.head_norm_first else identity
+        self.head = NormMlpClassifierHead(config, identity if config.head_norm_first else norm)
+        self.head_hidden_size = self.head.num_features
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -257,31 +274,56 @@ class ConvNeXt(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last feature map, (N, num_features, H // 32, W // 32)."""
-        stem = self.stem[0]
-        channels = stem.weight.shape[1] if isinstance(stem, nn.Conv2d) else None
-        _check_image(x, channels, self.config.min_size)
-        return self.norm_pre(self.stages(self.stem(x)))
+    @property
+    def stem_conv(self) -> nn.Module:
+        return self.stem[0]
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        if self.config.stem_type == "patch":
+            _check_size(x, self.config.patch_size, self.feature_info[0]["reduction"])
+        return self.stem(x)
+
+    def forward_neck(self, x: Tensor) -> Tensor:
+        return self.norm_pre(x)
+
+    def drop_neck(self) -> None:
+        self.norm_pre = nn.Identity()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of a feature map, or with `pre_logits` what the classifier reads."""
         return self.head(x, pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def drop_head(self) -> None:
+        self.reset_classifier(0, "", reset_other=True)
 
     def get_classifier(self) -> nn.Module:
         """Return the classifier, `nn.Identity` where there is none."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a new classifier in place of the present one; 0 for none."""
-        self.config = replace(self.config, num_classes=num_classes)
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
+    ) -> None:
+        """Put a new classifier in place of the present one; 0 for none.
+
+        Args:
+            num_classes: its outputs.
+            global_pool: as in `ConvNeXtConfig`; None for what it is now.
+            reset_other: drop the head's norm and its hidden layer as well.
+        """
+        config = self.config
+        self.config = replace(
+            config,
+            num_classes=num_classes,
+            global_pool=config.global_pool if global_pool is None else global_pool,
+            head_hidden_size=None if reset_other else config.head_hidden_size,
+        )
         self.num_classes = num_classes
+        if reset_other:
+            self.head.norm, self.head.pre_logits = nn.Identity(), nn.Identity()
+        self.head.reset(self.config, self.num_features)
+        self.head_hidden_size = self.head.num_features
         like = next(self.parameters())
-        fc = self.head.make_classifier(num_classes)
-        self.head.fc = fc.to(like.device, like.dtype).train(self.training)
+        self.head.to(like.device, like.dtype).train(self.training)
 
 
 def _build(name: str, *, weights: Source | None = None, **overrides: Any) -> ConvNeXt:

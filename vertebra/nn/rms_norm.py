@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -51,7 +51,6 @@ class RmsNorm2d(nn.RMSNorm):
     """
 
     _centred = False
-    eps: float
 
     def __init__(
         self,
@@ -73,7 +72,7 @@ class RmsNorm2d(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = self.data_format == "channels_last"
-        return _scaled(x, self.weight, self.eps, channels_last, self._centred)
+        return _scaled(x, self.weight, cast("float", self.eps), channels_last, self._centred)
 
     def extra_repr(self) -> str:
         suffix = "" if self.data_format == "channels_first" else f", {self.data_format}"
