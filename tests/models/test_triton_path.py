@@ -35,6 +35,8 @@ SMALL = {"hidden_sizes": (32, 64, 96), "layers": (1, 1, 1)}
         ("resnet50", SMALL, 32),
         pytest.param("resnet18", {}, 64, marks=pytest.mark.thorough),
         pytest.param("resnet50", {}, 64, marks=pytest.mark.thorough),
+        pytest.param("convnext_atto", {}, 64, marks=pytest.mark.thorough),
+        pytest.param("convnextv2_atto", {}, 64, marks=pytest.mark.thorough),
     ],
 )
 def test_network_on_triton(name: str, options, size: int, training: bool, device, randomize):

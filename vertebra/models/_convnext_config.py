@@ -239,7 +239,7 @@ class ConvNeXtConfig:
 
 
 def _linspace(last: float, count: int) -> list[float]:
-    return [last * i / max(count - 1, 1) for i in range(count)]
+    return [last * (i / max(count - 1, 1)) for i in range(count)]
 
 
 SYNONYMS = {

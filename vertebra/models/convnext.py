@@ -89,7 +89,10 @@ class Mlp(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """`x + drop_path(gamma * mlp(norm(conv_dw(x))))`, where gamma is left out if it is None."""
+    """`x + drop_path(gamma * mlp(norm(conv_dw(x))))`, where gamma is left out if it is None.
+
+    What linear layers return is channels_last in memory, and so then is what leaves the block.
+    """
 
     gamma: Tensor | None
 
@@ -130,8 +133,8 @@ class ConvNeXtBlock(nn.Module):
 def _check_size(x: Tensor, stride: int, reduction: int) -> None:
     if min(x.shape[2:]) < stride:
         raise ValueError(
-            f"this ConvNeXt takes images of at least {reduction} x {reduction} pixels; of a smaller "
-            f"one, a convolution of stride {stride} gets {x.shape[2]} x {x.shape[3]}; enlarge it"
+            f"this ConvNeXt takes images of {reduction} x {reduction} pixels and more; of a lesser "
+            f"one a convolution of stride {stride} gets {x.shape[2]} x {x.shape[3]}; enlarge it"
         )
 
 
