@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,19 @@ import torch
 from torch import Tensor, nn
 
 import vertebra
-from vertebra.models import ConvNeXt, ConvNeXtBlock, ConvNeXtConfig, create_model, list_models
+from vertebra.models import (
+    Backbone,
+    ConvNeXt,
+    ConvNeXtBlock,
+    ConvNeXtConfig,
+    Model,
+    create_model,
+    export_weights,
+    list_models,
+    load_weights,
+)
 from vertebra.models._convnext_config import CONFIGS
+from vertebra.models._layouts import export
 from vertebra.nn import DropPathAdd
 from vertebra.testing.parity import assert_same_state, build_on_meta, relative_error, share_weights
 
@@ -34,21 +44,16 @@ def small(**options: Any) -> ConvNeXt:
     return ConvNeXt(ConvNeXtConfig(**{**SMALL, **options}))
 
 
-def translated(
-    theirs: dict[str, Tensor], ours: dict[str, Tensor], key_of: Callable[[str], str]
-) -> dict[str, Tensor]:
-    """Return a peer's values under our keys, in our shapes; every one of them has to be used."""
-    left = dict(theirs)
-    values = {key: left.pop(key_of(key)).view_as(value) for key, value in ours.items()}
-    assert not left
-    return values
+def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
 def assert_matches(
     ours: nn.Module,
     peer: nn.Module,
     x: Tensor,
-    key_of: Callable[[str], str] = str,
+    layout: str = "timm",
     tolerance: float = TOLERANCE,
 ) -> None:
     """Require the peer's outputs in eval mode and in training, and its gradients."""
@@ -66,10 +71,11 @@ def assert_matches(
         model.zero_grad()
         y.backward(dy)
         gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
-    actual, expected = gradients[0], translated(gradients[1], gradients[0], key_of)
+    actual, expected = export(gradients[0], "convnext", layout), gradients[1]
+    assert actual.keys() == expected.keys()
     assert len(actual) == len(list(ours.parameters()))
-    for key, gradient in actual.items():
-        assert relative_error(gradient, expected[key]) <= tolerance, key
+    for key, gradient in expected.items():
+        assert relative_error(actual[key], gradient) <= tolerance, key
 
 
 # timm
@@ -310,24 +316,6 @@ def test_resetting_the_classifier_matches_timm(options, timm, randomize):
 # torchvision
 
 
-def key_of_torchvision(key: str) -> str:
-    """Return the torchvision name of one of our keys."""
-    parts = {"conv_dw": "block.0", "norm": "block.2", "mlp.fc1": "block.3", "mlp.fc2": "block.5"}
-    key = re.sub(r"^stem", "features.0", key)
-    key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"features.{2 * int(m[1])}", key)
-    key = re.sub(r"^stages\.(\d)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}", key)
-    key = re.sub(
-        r"^(features\.\d\.\d+)\.(conv_dw|norm|mlp\.fc\d)",
-        lambda m: f"{m[1]}.{parts[m[2]]}",
-        key,
-    )
-    return (
-        key.replace("gamma", "layer_scale")
-        .replace("head.norm", "classifier.0")
-        .replace("head.fc", "classifier.2")
-    )
-
-
 @pytest.fixture(scope="session")
 def torchvision_convnext():
     pytest.importorskip("torchvision.ops")
@@ -339,7 +327,9 @@ def torchvision_convnext():
 def test_has_the_weights_of_torchvision(name, torchvision_convnext):
     ours = build_on_meta(getattr(vertebra.models, name))
     peer = build_on_meta(getattr(torchvision_convnext, name))
-    translated(peer.state_dict(), ours.state_dict(), key_of_torchvision)
+    states = export_weights(ours, "torchvision"), peer.state_dict()
+    shapes = [{k: v.shape for k, v in state.items()} for state in states]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parity
@@ -351,32 +341,12 @@ def test_matches_torchvision(torchvision_convnext, randomize):
     options = {"layer_scale": 0.1, "stochastic_depth_prob": 0.0}
     ours = create_model("convnext_tiny", **sizes, **options)
     assert ours.stages[0].blocks[0].gamma[0] == 0.1
-    ours.load_state_dict(translated(peer.state_dict(), ours.state_dict(), key_of_torchvision))
-    assert_matches(ours, peer, images(), key_of_torchvision)
+    load_weights(ours, peer.state_dict())
+    assert_same_weights(export_weights(ours, "torchvision"), peer.state_dict())
+    assert_matches(ours, peer, images(), "torchvision")
 
 
 # transformers
-
-
-def key_of_transformers(family: str, key: str) -> str:
-    """Return the transformers name of one of our keys."""
-    names = {
-        "stem.0": f"{family}.embeddings.patch_embeddings",
-        "stem.1": f"{family}.embeddings.layernorm",
-        "stages": f"{family}.encoder.stages",
-        "downsample": "downsampling_layer",
-        "blocks": "layers",
-        "conv_dw": "dwconv",
-        "head.norm": f"{family}.layernorm",
-        "head.fc": "classifier",
-        ".norm": ".layernorm",
-        "mlp.fc": "pwconv",
-        "mlp.grn": "grn",
-        "gamma": "layer_scale_parameter",
-    }
-    for ours, theirs in names.items():
-        key = key.replace(ours, theirs)
-    return key
 
 
 TRANSFORMERS_OPTIONS = [
@@ -409,15 +379,38 @@ def test_matches_transformers(version, options, transformers, randomize):
         downsample_in_first_stage=False,
         output_stride=8 * options.get("patch_size", 4),
     )
-    key_of = partial(key_of_transformers, family)
-    ours.load_state_dict(translated(peer.state_dict(), ours.state_dict(), key_of))
+    load_weights(ours, peer.state_dict())
+    assert_same_weights(export_weights(ours, "transformers"), peer.state_dict())
     x = images(2, 4, 97, 83)
-    assert_matches(ours, peer, x, key_of)
-    base = getattr(peer, family).eval()(x)
-    features = ours.eval().forward_features(x)
-    assert relative_error(features, base.last_hidden_state) <= TOLERANCE
-    pooled = ours.forward_head(features, pre_logits=True)
-    assert relative_error(pooled, base.pooler_output) <= TOLERANCE
+    assert_matches(ours, peer, x, "transformers")
+    base, model = (
+        m.eval()(x, output_hidden_states=True) for m in (getattr(peer, family), Model(ours))
+    )
+    assert relative_error(model.last_hidden_state, base.last_hidden_state) <= TOLERANCE
+    assert model.pooler_output.shape == base.pooler_output.shape
+    assert relative_error(model.pooler_output, base.pooler_output) <= TOLERANCE
+    for a, b in zip(model.hidden_states, base.hidden_states, strict=True):
+        assert relative_error(a, b) <= TOLERANCE
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("version", ["", "v2"])
+def test_backbone_matches_transformers(version, transformers, randomize):
+    options = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 2, 1, 1]}
+    chosen = ["stem", "stage2", "stage4"]
+    config = getattr(transformers, f"ConvNext{version.upper()}Config")
+    build = getattr(transformers, f"ConvNext{version.upper()}Backbone")
+    peer = randomize(build(config(out_features=chosen, **options))).eval()
+    network = create_model(f"convnext{version}_tiny", num_classes=0, **options)
+    ours = Backbone(network, chosen).eval()
+    weights = peer.state_dict()
+    for key, value in ours.hidden_states_norms.state_dict().items():
+        value.copy_(weights.pop(f"hidden_states_norms.{key}"))
+    last_norm = {k: v for k, v in network.state_dict().items() if k.startswith("head.norm")}
+    load_weights(network, {**weights, **last_norm})  # which no backbone of theirs has
+    x = images()
+    for a, b in zip(ours(x).feature_maps, peer(x).feature_maps, strict=True):
+        assert relative_error(a, b) <= TOLERANCE
 
 
 # ours
@@ -491,8 +484,8 @@ def test_an_unknown_norm_activation_or_pool_is_refused():
 
 def test_a_classifier_that_cannot_be_leaves_the_model_as_it_was():
     model = small()
-    for arguments in ((3, ""), (0, "catavgmax"), (-1,)):
-        with pytest.raises(ValueError, match="ConvNeXtConfig"):
+    for arguments in ((3, ""), (0, "catavgmax"), (-1,), (3, "mean")):
+        with pytest.raises(ValueError, match=r"ConvNeXtConfig|got 'mean'"):
             model.reset_classifier(*arguments)
     assert model(images()).shape == (2, 10)
     assert model.config == small().config

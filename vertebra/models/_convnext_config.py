@@ -189,6 +189,11 @@ class ConvNeXtConfig:
         )
 
     @property
+    def stem_channels(self) -> int:
+        """Channels that leave the stem."""
+        return self.dims[0]
+
+    @property
     def channels(self) -> tuple[int, ...]:
         """Channels that leave each stage."""
         return tuple(self.dims)

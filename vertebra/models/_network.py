@@ -109,7 +109,7 @@ class Network(nn.Module):
         """Return what leaves the stem and each stage: transformers' hidden states."""
         self._check_image(x)
         states = [self.forward_stem(x)]
-        for stage in self.stages():
+        for stage in self.list_stages():
             states.append(stage(states[-1]))
         return states
 

@@ -213,8 +213,8 @@ class NormMlpClassifierHead(nn.Module):
 
     def reset(self, config: ConvNeXtConfig, channels: int) -> None:
         """Put a new pooling and a new classifier in place of the present ones."""
-        self.pools = config.global_pool != ""
         self.global_pool = create_global_pool(config.global_pool)
+        self.pools = config.global_pool != ""
         pooled = pooled_channels(config.global_pool, channels)
         self.num_features = config.head_hidden_size or pooled
         has_classifier = config.num_classes > 0
@@ -222,24 +222,19 @@ class NormMlpClassifierHead(nn.Module):
             nn.Linear(self.num_features, config.num_classes) if has_classifier else nn.Identity()
         )
 
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def pool(self, x: Tensor) -> Tensor:
+        """Return what is pooled and normalised, (N, C); without a pooling, (N, C, H, W)."""
         if isinstance(self.global_pool, GlobalAvgPool2d):
             x = self.global_pool(x, self.norm)
         else:
             x = self.norm(self.global_pool(x))
-        if self.pools:
-            x = x.flatten(1)
-        x = self.pre_logits(x)
+        return x.flatten(1) if self.pools else x
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.pre_logits(self.pool(x))
         if self.drop_rate:
             x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
-
-
-def _trunc_normal(weight: Tensor) -> None:
-    """Draw from N(0, 0.02^2) cut off at 2, by the inverse of its distribution as timm does."""
-    if not weight.is_meta:
-        with torch.no_grad():
-            weight.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
 
 
 class ConvNeXt(Network):
@@ -250,6 +245,7 @@ class ConvNeXt(Network):
     torch.Size([2, 5])
     """
 
+    family = "convnext"
     stem_is_feature = False
 
     def __init__(self, config: ConvNeXtConfig) -> None:
@@ -268,14 +264,19 @@ class ConvNeXt(Network):
         self.head_hidden_size = self.head.num_features
         self._init_weights()
 
+    @torch.no_grad()
     def _init_weights(self) -> None:
+        """Draw from N(0, 0.02^2) cut off at 2, by the inverse of its distribution: timm's bits."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                _trunc_normal(module.weight)
-                if name.startswith("head."):
-                    module.weight.data.mul_(self.config.head_init_scale)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+                continue
+            weight = module.weight
+            if not weight.is_meta:
+                weight.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
+            if name.startswith("head."):
+                weight.mul_(self.config.head_init_scale)
+            if module.bias is not None:
+                module.bias.zero_()
 
     @property
     def stem_conv(self) -> nn.Module:
@@ -289,8 +290,15 @@ class ConvNeXt(Network):
     def forward_neck(self, x: Tensor) -> Tensor:
         return self.norm_pre(x)
 
+    def make_feature_norm(self, channels: int) -> nn.Module:
+        return _norm(self.config, channels)
+
     def drop_neck(self) -> None:
         self.norm_pre = nn.Identity()
+
+    def forward_pool(self, x: Tensor) -> Tensor:
+        """Return a feature map pooled and normalised, (N, C): transformers' pooler output."""
+        return self.head.pool(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of a feature map, or with `pre_logits` what the classifier reads."""
@@ -313,17 +321,16 @@ class ConvNeXt(Network):
             global_pool: as in `ConvNeXtConfig`; None for what it is now.
             reset_other: drop the head's norm and its hidden layer as well.
         """
-        config = self.config
-        self.config = replace(
-            config,
+        config = replace(
+            self.config,
             num_classes=num_classes,
-            global_pool=config.global_pool if global_pool is None else global_pool,
-            head_hidden_size=None if reset_other else config.head_hidden_size,
+            global_pool=self.config.global_pool if global_pool is None else global_pool,
+            head_hidden_size=None if reset_other else self.config.head_hidden_size,
         )
-        self.num_classes = num_classes
+        self.head.reset(config, self.num_features)
         if reset_other:
             self.head.norm, self.head.pre_logits = nn.Identity(), nn.Identity()
-        self.head.reset(self.config, self.num_features)
+        self.config, self.num_classes = config, num_classes
         self.head_hidden_size = self.head.num_features
         like = next(self.parameters())
         self.head.to(like.device, like.dtype).train(self.training)
