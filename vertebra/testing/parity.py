@@ -1,0 +1,48 @@
+"""Two implementations of one network side by side: the same keys, weights, outputs and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def build_on_meta(builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Build without memory, and without an initialisation that is replaced anyway."""
+    with torch.device("meta"):
+        return builder(*args, **kwargs)
+
+
+def share_weights(ours: nn.Module, peer: nn.Module) -> None:
+    """Load the peer's weights into ours and ours into the peer: both strictly."""
+    assert list(ours.state_dict()) == list(peer.state_dict())
+    ours.load_state_dict(peer.state_dict())
+    peer.load_state_dict(ours.state_dict())
+
+
+def assert_same_output(ours: nn.Module, peer: nn.Module, x: Tensor) -> None:
+    """Require the same bits, first in eval mode and then in training."""
+    for training in (False, True):
+        torch.manual_seed(1)  # dropout
+        expected = peer.train(training)(x)
+        torch.manual_seed(1)
+        assert torch.equal(ours.train(training)(x), expected)
+
+
+def assert_same_state(ours: nn.Module, peer: nn.Module) -> None:
+    """Require the same keys in the same order, and the same bits under each."""
+    actual, expected = ours.state_dict(), peer.state_dict()
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
+def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
+    """Return the largest difference, relative to the largest expected magnitude."""
+    assert actual is not None
+    assert expected is not None
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
