@@ -164,6 +164,12 @@ class RegNetConfig:
             "groups; change one",
         )
         require(
+            not self.squeeze_ratio
+            or min(map(self.squeezed, (self.stem_channels, *self.channels[:-1]))) > 0,
+            "se_ratio stem_width hidden_sizes",
+            "se_ratio must leave a squeeze and excitation a hidden channel",
+        )
+        require(
             self.downsample in ("conv1x1", "avg", ""),
             "downsample",
             "downsample must be 'conv1x1', 'avg' or ''",
@@ -183,6 +189,11 @@ class RegNetConfig:
         return 0.25 if self.layer_type == "y" else 0.0
 
     @property
+    def stem_channels(self) -> int:
+        """Channels that leave the stem."""
+        return self.stem_width
+
+    @property
     def channels(self) -> tuple[int, ...]:
         """Channels that leave each stage."""
         return tuple(channels for channels, _ in self._sizes())
@@ -194,6 +205,10 @@ class RegNetConfig:
     def groups(self, width: int) -> int:
         """Return the groups of a 3x3 of `width` channels."""
         return max(1, width // self.group_width)
+
+    def squeezed(self, in_channels: int) -> int:
+        """Return the hidden channels of the squeeze and excitation of a block these enter."""
+        return round(in_channels * self.squeeze_ratio)
 
     def _sizes(self) -> list[tuple[int, int]]:
         """Return the channels and the number of blocks of every stage."""
@@ -222,7 +237,7 @@ class RegNetConfig:
         sizes = self._sizes()
         last, built = max(1, sum(depth for _, depth in sizes) - 1), 0
         stages: list[list[Block]] = []
-        in_channels, reduction, dilation = self.stem_width, 2, 1
+        in_channels, reduction, dilation = self.stem_channels, 2, 1
         for i, (channels, depth) in enumerate(sizes):
             stride = 2 if i > 0 or self.downsample_in_first_stage else 1
             first_dilation = dilation

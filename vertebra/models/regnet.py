@@ -31,6 +31,7 @@ from ._network import Network
 from ._registry import list_models, override, register_model
 from ._regnet_config import CONFIGS, SYNONYMS, Block, RegNetConfig
 from ._weights import Source, load_weights
+from .resnet import shortcut_pool
 
 
 def _norm(config: RegNetConfig, channels: int, apply_act: bool = True) -> nn.Module:
@@ -76,17 +77,10 @@ def _conv3x3(config: RegNetConfig, width: int, block: Block) -> nn.Conv2d:
 def _squeeze_excite(config: RegNetConfig, width: int, block: Block) -> SqueezeExcite | None:
     if not config.squeeze_ratio:
         return None
-    hidden = round(block.in_channels * config.squeeze_ratio)
-    act_layer = config.se_act_layer or config.act_layer
-    return SqueezeExcite(width, rd_channels=hidden, act_layer=act_layer)
-
-
-def _shortcut_pool(stride: int, dilation: int) -> nn.Module:
-    if stride > 1:
-        return nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
-    if dilation > 1:  # keeps the size; as in timm, the zeros of the padding count
-        return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
-    return nn.Identity()
+    hidden = config.squeezed(block.in_channels)
+    return SqueezeExcite(
+        width, rd_channels=hidden, act_layer=config.se_act_layer or config.act_layer
+    )
 
 
 def _projection(config: RegNetConfig, block: Block) -> nn.Module | None:
@@ -96,7 +90,7 @@ def _projection(config: RegNetConfig, block: Block) -> nn.Module | None:
     in_channels, channels, stride, dilation, _ = block
     if config.downsample == "avg":
         conv = _conv1x1(in_channels, channels)
-        layers = [_shortcut_pool(stride, dilation), conv]
+        layers = [shortcut_pool(stride, dilation), conv]
     else:
         layers = [_conv1x1(in_channels, channels, stride)]
     if not config.preact:
@@ -148,7 +142,7 @@ class ResBottleneckBlock(_Block):
         act_layer = None if config.linear_out else config.act_layer
         self.f = BottleneckTransform(config, block, apply_act=act_layer is not None and rate == 0)
         self.drop_path = DropPathAdd(drop_prob=rate) if rate > 0 else None
-        self.activation = create_act(act_layer if rate > 0 else None)
+        self.activation = create_act(act_layer if rate > 0 else None, inplace=False)
 
     def zero_init(self) -> None:
         """Let the branch start at 0."""
@@ -201,9 +195,9 @@ class RegNet(Network):
 
     def __init__(self, config: RegNetConfig) -> None:
         super().__init__(config)
-        stem = create_conv2d(config.in_chans, config.stem_width, 3, stride=2, bias=False)
+        stem = create_conv2d(config.in_chans, config.stem_channels, 3, stride=2, bias=False)
         self.stem = stem if config.preact else _ConvNormAct(config, stem)
-        self.feature_info = [feature(config.stem_width, 2, "stem")]
+        self.feature_info = [feature(config.stem_channels, 2, "stem")]
         self.trunk_output = nn.Sequential()
         build = PreActBlock if config.preact else ResBottleneckBlock
         reduction = 2
@@ -216,15 +210,19 @@ class RegNet(Network):
             name = f"trunk_output.block{i}"
             self.feature_info.append(feature(blocks[-1].out_channels, reduction, name))
         self.stage_names = tuple(entry["module"] for entry in self.feature_info[1:])
-        if config.num_features:
-            self.num_features = config.num_features
-            last = _conv1x1(config.channels[-1], config.num_features)
-            self.final_conv = _ConvNormAct(config, last)
-        else:
-            ends_linear = config.linear_out or config.preact
-            self.final_conv = create_act(config.act_layer if ends_linear else None)
+        self.final_conv = self._make_neck()
         self._make_head(config.global_pool)
         self._init_weights()
+
+    def _make_neck(self) -> nn.Module | None:
+        """Build what follows the last stage, and is no part of it to whom wants features."""
+        config = self.config
+        if config.num_features:
+            self.num_features = config.num_features
+            return _ConvNormAct(config, _conv1x1(config.channels[-1], config.num_features))
+        if config.linear_out or config.preact:
+            return create_act(config.act_layer, inplace=False)  # the last stage's map is a feature
+        return None
 
     def _init_weights(self) -> None:
         by_group = self.config.init == "timm"
@@ -249,10 +247,10 @@ class RegNet(Network):
         return self.stem(x)
 
     def forward_neck(self, x: Tensor) -> Tensor:
-        return self.final_conv(x)
+        return x if self.final_conv is None else self.final_conv(x)
 
     def drop_neck(self) -> None:
-        self.final_conv = nn.Identity()
+        self.final_conv = None
         self.num_features = self.feature_info[len(self.stage_names)]["num_chs"]
 
 

@@ -1,4 +1,4 @@
-"""Two implementations of one network side by side: the same keys, weights, outputs and statistics."""
+"""Two implementations of one network side by side: the same keys, weights, outputs, statistics."""
 
 from __future__ import annotations
 
