@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import re
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vertebra
-from vertebra.models import RegNet, RegNetConfig, create_model
+from vertebra.models import (
+    Model,
+    RegNet,
+    RegNetConfig,
+    create_model,
+    export_weights,
+    load_weights,
+)
+from vertebra.models._layouts import LAYOUTS
 from vertebra.models._regnet_config import CONFIGS
 from vertebra.nn import BatchNormAct2d, DropPath, FrozenBatchNormAct2d
 from vertebra.testing.parity import (
@@ -49,22 +56,22 @@ def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in state.items()}
 
 
-def load_translated(ours: RegNet, peer: nn.Module, translate: Any) -> None:
-    """Load the peer's weights under our keys, and see that none is left over."""
-    theirs = dict(peer.state_dict())
-    ours.load_state_dict({key: theirs.pop(translate(key)) for key in ours.state_dict()})
-    assert not theirs
+def exchange_weights(ours: RegNet, peer: nn.Module, layout: str) -> None:
+    """Load the peer's weights into ours and ours into the peer: both strictly."""
+    load_weights(ours, peer.state_dict())
+    peer.load_state_dict(export_weights(ours, layout))
 
 
-def assert_same_gradients(ours: nn.Module, peer: nn.Module, x: Tensor, translate: Any) -> None:
+def assert_same_gradients(ours: RegNet, peer: nn.Module, x: Tensor, layout: str) -> None:
     target = torch.arange(x.shape[0])
     for model in (ours, peer):
         model.train().zero_grad()
         y = model(x)
         F.cross_entropy(getattr(y, "logits", y), target).backward()
+    names = LAYOUTS["regnet"][layout].names(ours.state_dict())
     expected = dict(peer.named_parameters())
     for key, parameter in ours.named_parameters():
-        assert relative_error(parameter.grad, expected[translate(key)].grad) <= 1e-5, key
+        assert torch.equal(parameter.grad, expected[names[key]].grad), key
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +91,8 @@ def tv_regnet(torchvision: ModuleType) -> ModuleType:
 
 @pytest.fixture
 def _uninitialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip random numbers that nobody looks at: on the meta device they take longest."""
-    for name in ("normal_", "uniform_"):
+    """Skip initial values, which nobody looks at: on the meta device they take longest."""
+    for name in ("normal_", "uniform_", "fill_", "zero_"):
         monkeypatch.setattr(Tensor, name, lambda self, *args, **kwargs: self)
 
 
@@ -110,10 +117,11 @@ def test_matches_torchvision(name, tv_regnet, randomize):
     with torch.no_grad():
         assert_same_output(ours, peer, images(2, 3, 64, 64))
         assert_same_output(ours, peer, images(1, 3, 71, 39).expand(2, -1, -1, -1))
-    assert_same_gradients(ours, peer, images(2, 3, 64, 64), str)
+    assert_same_gradients(ours, peer, images(2, 3, 64, 64), "torchvision")
     assert_same_state(ours, peer)
 
 
+TORCHVISION_RULE = {"depth": 6, "w_0": 24, "w_a": 16.0, "w_m": 1.6, "group_width": 16}
 TORCHVISION_OPTIONS: list[dict[str, Any]] = [
     {},
     {"stem_width": 20, "num_classes": 7},
@@ -129,8 +137,7 @@ TORCHVISION_OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", TORCHVISION_OPTIONS, ids=str)
 @pytest.mark.parametrize(("se_ratio", "multiplier"), [(0.25, 1.0), (None, 0.5)])
 def test_options_match_torchvision(options, se_ratio, multiplier, tv_regnet, randomize):
-    rule = {"depth": 6, "w_0": 24, "w_a": 16.0, "w_m": 1.6, "group_width": 16}
-    rule |= {"bottleneck_multiplier": multiplier}
+    rule = {**TORCHVISION_RULE, "bottleneck_multiplier": multiplier}
     torch.manual_seed(3)
     params = tv_regnet.BlockParams.from_init_params(**rule, se_ratio=se_ratio)
     peer = tv_regnet.RegNet(params, **options)
@@ -143,34 +150,41 @@ def test_options_match_torchvision(options, se_ratio, multiplier, tv_regnet, ran
     assert_same_state(ours, peer)
 
 
+@pytest.fixture
+def small_pair(tv_regnet, randomize):
+    """Our network and torchvision's, small, with the same random weights."""
+    params = tv_regnet.BlockParams.from_init_params(**TORCHVISION_RULE, se_ratio=0.25)
+    peer = randomize(tv_regnet.RegNet(params))
+    ours = create_model("regnet_y_400mf", **TORCHVISION_RULE, weights=peer.state_dict())
+    return ours, peer
+
+
+@pytest.mark.parity
+def test_autocast_matches_torchvision(small_pair):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_output(*small_pair, images())
+    assert_same_state(*small_pair)
+
+
+@pytest.mark.parity
+def test_torchvision_users_can_take_the_model_apart(small_pair):
+    ours, peer = (model.eval() for model in small_pair)
+    assert [name for name, _ in ours.named_children()] == [
+        name for name, _ in peer.named_children()
+    ]
+    x = images()
+    headless = [nn.Sequential(*list(model.children())[:-1]) for model in (ours, peer)]
+    assert torch.equal(headless[0](x).flatten(1), headless[1](x).flatten(1))
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    layers = ["stem", "trunk_output.block1", "trunk_output.block3.block3-0"]
+    actual, expected = (
+        extraction.create_feature_extractor(m, layers, suppress_diff_warning=True).eval()(x)
+        for m in (ours, peer)
+    )
+    assert all(torch.equal(actual[layer], expected[layer]) for layer in layers)
+
+
 # timm
-
-TO_TIMM = [
-    (r"^trunk_output\.block(\d+)\.block\d+-(\d+)", lambda m: f"s{m[1]}.b{int(m[2]) + 1}"),
-    (r"f\.([abc])\.0", lambda m: f"conv{'abc'.index(m[1]) + 1}.conv"),
-    (r"f\.([abc])\.1", lambda m: f"conv{'abc'.index(m[1]) + 1}.bn"),
-    (r"f\.se", "se"),
-    (r"(stem|proj|final_conv)\.0", r"\1.conv"),
-    (r"(stem|proj|final_conv)\.1", r"\1.bn"),
-    (r"proj", "downsample"),
-    (r"^fc", "head.fc"),
-]
-TO_TIMM_AVG = [(r"proj\.1", "downsample.1.conv"), (r"proj\.2", "downsample.1.bn")]
-TO_TIMM_PREACT = [
-    (r"\.norm", ".norm1"),
-    (r"f\.a", "conv1"),
-    (r"f\.([bc])\.0", lambda m: f"norm{'abc'.index(m[1]) + 1}"),
-    (r"f\.([bc])\.2", lambda m: f"conv{'abc'.index(m[1]) + 1}"),
-    (r"proj\.1", "downsample.1"),
-]
-
-
-def key_of_timm(config: RegNetConfig, key: str) -> str:
-    """Return the timm name of one of our keys."""
-    special = TO_TIMM_AVG if config.downsample == "avg" else []
-    for pattern, name in (TO_TIMM_PREACT if config.preact else special) + TO_TIMM:
-        key = re.sub(pattern, name, key)
-    return key
 
 
 @pytest.mark.parity
@@ -178,10 +192,7 @@ def key_of_timm(config: RegNetConfig, key: str) -> str:
 @pytest.mark.parametrize("name", TIMM)
 def test_has_the_keys_and_shapes_of_timm(name, timm):
     ours, peer = (build_on_meta(create, name) for create in (create_model, timm.create_model))
-    keys = shapes(ours.state_dict())
-    assert {key_of_timm(ours.config, key): shape for key, shape in keys.items()} == shapes(
-        peer.state_dict()
-    )
+    assert shapes(export_weights(ours, "timm")) == shapes(peer.state_dict())
     assert ours.num_features == peer.num_features
     ours_info, peer_info = (
         [(entry["num_chs"], entry["reduction"]) for entry in model.feature_info]
@@ -219,13 +230,12 @@ def test_options_match_timm(options, timm, randomize):
     ours = create_model(
         "regnetx_002", layer_type=layer_type, **TIMM_RULE, **{"num_classes": 5, **options}
     )
-    translate = partial(key_of_timm, ours.config)
-    load_translated(ours, peer, translate)
+    exchange_weights(ours, peer, "timm")
     x = images(2, options.get("in_chans", 3), 65, 49)
     assert_same_output(ours, peer, x)
     theirs = peer.state_dict()
-    for key, value in ours.state_dict().items():
-        assert torch.equal(value, theirs[translate(key)]), key
+    for key, value in export_weights(ours, "timm").items():
+        assert torch.equal(value, theirs[key]), key
     with torch.no_grad():
         last, maps = ours.eval().forward_intermediates(x)
         peers_last, peers = peer.eval().forward_intermediates(x)
@@ -249,12 +259,11 @@ def test_options_match_timm(options, timm, randomize):
 def test_matches_timm(name, timm, randomize):
     peer = randomize(build_on_meta(timm.create_model, name, num_classes=10))
     ours = build_on_meta(create_model, name, num_classes=10).to_empty(device="cpu")
-    translate = partial(key_of_timm, ours.config)
-    load_translated(ours, peer, translate)
+    exchange_weights(ours, peer, "timm")
     x = images(2, 3, 65, 49)
     with torch.no_grad():
         assert_same_output(ours, peer, x)
-    assert_same_gradients(ours, peer, x, translate)
+    assert_same_gradients(ours, peer, x, "timm")
 
 
 @pytest.mark.parity
@@ -267,24 +276,17 @@ def test_stochastic_depth_matches_timm(options, timm, randomize):
     options = {"drop_path_rate": 0.5, "num_classes": 5, **options}
     peer = randomize(regnet.RegNet(regnet.RegNetCfg(**TIMM_RULE), **options))
     ours = create_model("regnetx_002", **TIMM_RULE, **options)
-    translate = partial(key_of_timm, ours.config)
-    load_translated(ours, peer, translate)
-    drops = {
-        translate(name): module
-        for name, module in ours.named_modules()
-        if isinstance(module, DropPath) and module.drop_prob > 0
-    }
-    assert set(drops) == {
-        f"{name}.drop_path"
-        for name, block in peer.named_modules()
-        if isinstance(getattr(block, "drop_path", None), timm.layers.DropPath)
-        and block.downsample is not None
-    }
-    for name, drop in drops.items():
-        rate = peer.get_submodule(name).drop_prob
-        assert drop.drop_prob == pytest.approx(rate, rel=1e-6)
-        drop.drop_prob = rate  # which is rounded to fp32
-        peer.set_submodule(name, DropPath(rate))  # timm draws other random numbers
+    exchange_weights(ours, peer, "timm")
+    blocks = [module for module in ours.modules() if hasattr(module, "proj")]
+    peers = [module for module in peer.modules() if hasattr(module, "conv3")]
+    for block, theirs in zip(blocks, peers, strict=True):
+        rate = getattr(theirs.drop_path, "drop_prob", 0.0)
+        if theirs.downsample is None:  # nothing is added to what is dropped
+            rate = 0.0
+        assert getattr(block.drop_path, "drop_prob", 0.0) == pytest.approx(rate, rel=1e-6)
+        if rate:
+            block.drop_path.drop_prob = rate  # which is rounded to fp32
+            theirs.drop_path = DropPath(rate)  # timm draws other random numbers
     assert_same_output(ours, peer, images(16, 3, 33, 45))
 
 
@@ -299,28 +301,11 @@ def test_initialises_like_timm(options, timm, monkeypatch):
     monkeypatch.setattr(Tensor, "normal_", constant)
     peer = regnet.RegNet(regnet.RegNetCfg(**TIMM_RULE, se_ratio=0.25), **options).state_dict()
     ours = create_model("regnety_002", **TIMM_RULE, **options)
-    for key, value in ours.state_dict().items():
-        assert torch.equal(value, peer[key_of_timm(ours.config, key)]), key
+    for key, value in export_weights(ours, "timm").items():
+        assert torch.equal(value, peer[key]), key
 
 
 # transformers
-
-
-def key_of_transformers(key: str) -> str:
-    """Return the transformers name of one of our keys."""
-    key = re.sub(r"^stem", "regnet.embedder.embedder", key)
-    key = re.sub(
-        r"^trunk_output\.block(\d+)\.block\d+-(\d+)",
-        lambda m: f"regnet.encoder.stages.{int(m[1]) - 1}.layers.{m[2]}",
-        key,
-    )
-    key = key.replace("f.a", "layer.0").replace("f.b", "layer.1").replace("proj", "shortcut")
-    key = key.replace("f.se.fc1", "layer.2.attention.0").replace("f.se.fc2", "layer.2.attention.2")
-    key = key.replace("fc.", "classifier.1.")
-    kinds = {"0": "convolution", "1": "normalization"}
-    return re.sub(
-        r"(embedder|layer\.\d|f\.c|shortcut)\.([01])\.", lambda m: f"{m[1]}.{kinds[m[2]]}.", key
-    )
 
 
 TRANSFORMERS_OPTIONS: list[dict[str, Any]] = [
@@ -340,21 +325,17 @@ def test_matches_transformers(options, hidden_act, transformers, randomize):
     config = transformers.RegNetConfig(num_channels=4, num_labels=5, **options)
     peer = randomize(transformers.RegNetForImageClassification(config))
     ours = create_model("regnet_y_400mf", in_chans=4, num_classes=5, se_act_layer="relu", **options)
-    last = f"layer.{3 if options['layer_type'] == 'y' else 2}"
-
-    def translate(key: str) -> str:
-        return key_of_transformers(key).replace("f.c", last)
-
-    load_translated(ours, peer, translate)
+    exchange_weights(ours, peer, "transformers")
     x = images(2, 4, 97, 83)
     for training in (False, True):
         assert torch.equal(ours.train(training)(x), peer.train(training)(x).logits)
-    assert_same_gradients(ours, peer, x, translate)
-    base, ours = peer.regnet.eval(), ours.eval()
-    states = base(x, output_hidden_states=True).hidden_states
-    _, maps = ours.forward_intermediates(x)
-    assert all(map(torch.equal, maps, states))
-    assert len(maps) == len(states)
+    assert_same_gradients(ours, peer, x, "transformers")
+    expected = peer.regnet.eval()(x, output_hidden_states=True)
+    found = Model(ours.eval())(x, output_hidden_states=True)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+    assert len(found.hidden_states) == len(expected.hidden_states)
+    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
 
 
 @pytest.mark.parity

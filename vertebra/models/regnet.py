@@ -2,10 +2,11 @@
 
     stem (stride 2) -> block1, block2, ...: residual blocks, stride 2 each -> mean -> fc
 
-Keys, order of construction, initialisation and arithmetic are torchvision's: a checkpoint or a seed
-gives the same bits here and there. What only timm has (pre-activation, an average-pooled shortcut,
-a convolution behind the last stage) has keys in the same manner. A norm, its residual and its
-activation run as one op, and so does a squeeze and excitation.
+Keys, order of construction and arithmetic are torchvision's, and so is initialisation unless it is
+timm's: a checkpoint or a seed gives the same bits here and there. What only timm has (blocks that
+start with a norm, an average-pooled shortcut, a convolution behind the last stage) has keys in the
+same manner. A norm, its residual and its activation run as one op, and so does a squeeze and
+excitation.
 
 Radosavovic et al. 2020 (arXiv:2003.13678); RegNetZ: Dollar et al. 2021 (arXiv:2103.06877).
 """
@@ -18,14 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import (
-    DropPathAdd,
-    SqueezeExcite,
-    create_act,
-    create_conv2d,
-    create_norm_act,
-    norm_act,
-)
+from ..nn import DropPathAdd, SqueezeExcite, create_act, create_conv2d, create_norm_act, norm_act
 from ._features import feature
 from ._network import Network
 from ._registry import list_models, override, register_model
@@ -88,11 +82,11 @@ def _projection(config: RegNetConfig, block: Block) -> nn.Module | None:
     if not (block.changes_shape and config.downsample):
         return None
     in_channels, channels, stride, dilation, _ = block
+    layers: list[nn.Module] = []
     if config.downsample == "avg":
-        conv = _conv1x1(in_channels, channels)
-        layers = [shortcut_pool(stride, dilation), conv]
-    else:
-        layers = [_conv1x1(in_channels, channels, stride)]
+        layers.append(shortcut_pool(stride, dilation))
+        stride = 1
+    layers.append(_conv1x1(in_channels, channels, stride))
     if not config.preact:
         layers.append(_norm(config, channels, apply_act=False))
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
@@ -125,15 +119,15 @@ class _Block(nn.Module):
         self.proj = _projection(config, block)
 
     def shortcut(self, x: Tensor) -> Tensor | None:
-        if not self.adds:
-            return None
-        return x if self.proj is None else self.proj(x)
+        if self.proj is not None:
+            return self.proj(x)
+        return x if self.adds else None
 
 
 class ResBottleneckBlock(_Block):
     """`act(drop_path(f(x)) + proj(x))`, where f is a `BottleneckTransform`.
 
-    The add and the activation are part of f's last op, but for stochastic depth between them.
+    The add and the activation are part of f's last op, unless stochastic depth comes before them.
     """
 
     def __init__(self, config: RegNetConfig, block: Block) -> None:
@@ -188,10 +182,13 @@ class PreActBlock(_Block):
 class RegNet(Network):
     """The network that a `RegNetConfig` describes.
 
+    >>> import torch
     >>> model = RegNet(RegNetConfig("y", hidden_sizes=(24, 48), depths=(1, 1), group_width=8))
     >>> model(torch.randn(2, 3, 33, 47)).shape
     torch.Size([2, 1000])
     """
+
+    family = "regnet"
 
     def __init__(self, config: RegNetConfig) -> None:
         super().__init__(config)
@@ -225,6 +222,8 @@ class RegNet(Network):
         return None
 
     def _init_weights(self) -> None:
+        if next(self.parameters()).is_meta:
+            return  # no values to set, and slow at it
         by_group = self.config.init == "timm"
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
