@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -201,6 +202,32 @@ def test_has_the_keys_and_shapes_of_timm(name, timm):
     assert ours_info == peer_info
 
 
+@pytest.mark.parity
+def test_the_rule_for_widths_is_that_of_the_peers(timm, tv_regnet):
+    from timm.models import regnet
+
+    draw = random.Random(5)
+    for _ in range(300):
+        rule = {
+            "depth": draw.randint(6, 40),
+            "w_0": 8 * draw.randint(2, 64),
+            "w_a": draw.uniform(5, 250),
+            "w_m": draw.uniform(1.6, 3),
+            "group_width": draw.randint(4, 128),
+        }
+        names = {"w_0": "w0", "w_a": "wa", "w_m": "wm", "group_width": "group_size"}
+        cfg = regnet.RegNetCfg(**{names.get(key, key): value for key, value in rule.items()})
+        stages, _ = regnet.RegNet._get_stage_args(None, cfg)
+        params = tv_regnet.BlockParams.from_init_params(**rule)
+        for ratio, widths, depths in (
+            (0.0, [s["out_chs"] for s in stages], [s["depth"] for s in stages]),
+            (0.9, params.widths, params.depths),
+        ):
+            config = RegNetConfig(**rule, group_min_ratio=ratio)
+            assert list(config.channels) == widths, rule
+            assert [len(blocks) for blocks in config.stages()] == depths, rule
+
+
 TIMM_RULE = {"depth": 6, "w0": 24, "wa": 16.0, "wm": 1.6, "group_size": 16}
 TIMM_OPTIONS: list[dict[str, Any]] = [
     {},
@@ -291,17 +318,20 @@ def test_stochastic_depth_matches_timm(options, timm, randomize):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("options", [{}, {"preact": True}, {"zero_init_last": False}], ids=str)
-def test_initialises_like_timm(options, timm, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"zero_init_last": False}, {"preact": True}, {"downsample": "avg", "num_features": 24}],
+    ids=str,
+)
+def test_a_seed_gives_the_weights_of_timm(options, timm):
     from timm.models import regnet
 
-    def constant(self: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
-        return self.fill_(std)
-
-    monkeypatch.setattr(Tensor, "normal_", constant)
+    torch.manual_seed(3)
     peer = regnet.RegNet(regnet.RegNetCfg(**TIMM_RULE, se_ratio=0.25), **options).state_dict()
-    ours = create_model("regnety_002", **TIMM_RULE, **options)
-    for key, value in export_weights(ours, "timm").items():
+    torch.manual_seed(3)
+    ours = export_weights(create_model("regnety_002", **TIMM_RULE, **options), "timm")
+    assert ours.keys() == peer.keys()
+    for key, value in ours.items():
         assert torch.equal(value, peer[key]), key
 
 

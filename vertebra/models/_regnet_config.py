@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class RegNetConfig:
-    """What a RegNet is made from; the defaults make transformers' (and pycls' RegNetY-4.0GF).
+    """What a RegNet is made from; the defaults make RegNetY-4.0GF, as transformers' do.
 
     One name per concept, torchvision's where it has one; `create_model` also takes `SYNONYMS`.
 
@@ -73,8 +73,8 @@ class RegNetConfig:
         downsample_in_first_stage: stride 2 in the first stage as well.
         output_stride: 32, or 16 or 8 to trade the strides beyond it for dilation, as timm does.
         num_features: channels of a 1x1 behind the last stage; 0 for none.
-        init: "torchvision", or "timm": wider by the root of the number of groups in a 3x3, and
-            every bias 0.
+        init: "torchvision", or "timm", where the weights of a 3x3 are larger by the root of the
+            number of its groups and every bias is 0.
         zero_init_residual: let every residual branch start at 0, except where `preact` leaves no
             norm at its end. timm: `zero_init_last`.
         drop_path_rate: stochastic depth of the last block; the others' rises linearly from 0.
@@ -165,9 +165,9 @@ class RegNetConfig:
         )
         require(
             not self.squeeze_ratio
-            or min(map(self.squeezed, (self.stem_channels, *self.channels[:-1]))) > 0,
+            or all(self.squeezed(block.in_channels) for stage in self.stages() for block in stage),
             "se_ratio stem_width hidden_sizes",
-            "se_ratio must leave a squeeze and excitation a hidden channel",
+            "se_ratio must leave every squeeze and excitation a hidden channel",
         )
         require(
             self.downsample in ("conv1x1", "avg", ""),

@@ -14,6 +14,7 @@ Radosavovic et al. 2020 (arXiv:2003.13678); RegNetZ: Dollar et al. 2021 (arXiv:2
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -179,6 +180,13 @@ class PreActBlock(_Block):
         return self.f(x) if shortcut is None else self.drop_path(self.f(x), shortcut)
 
 
+def _branch_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules in the order in which timm draws their weights, shortcuts last."""
+    for _, child in sorted(module.named_children(), key=lambda item: item[0] == "proj"):
+        yield from _branch_first(child)
+    yield module
+
+
 class RegNet(Network):
     """The network that a `RegNetConfig` describes.
 
@@ -225,7 +233,7 @@ class RegNet(Network):
         if next(self.parameters()).is_meta:
             return  # no values to set, and slow at it
         by_group = self.config.init == "timm"
-        for module in self.modules():
+        for module in _branch_first(self) if by_group else self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels
                 fan_out //= module.groups if by_group else 1
