@@ -14,6 +14,13 @@ from torch import Tensor, nn
 import vertebra
 from vertebra.models import ResNet, ResNetConfig, create_model, list_models, resnet18
 from vertebra.nn import BatchNormAct2d, FrozenBatchNormAct2d
+from vertebra.testing.parity import (
+    assert_same_output,
+    assert_same_state,
+    build_on_meta,
+    relative_error,
+    share_weights,
+)
 
 TORCHVISION = [
     "resnet18",
@@ -51,40 +58,6 @@ def images(*shape: int) -> Tensor:
 def small(block: str = "basic", **options: Any) -> ResNet:
     """A ResNet of one block per stage."""
     return ResNet(ResNetConfig(block, (1, 1, 1, 1), **{"num_classes": 10, **options}))
-
-
-def assert_same_output(ours: nn.Module, peer: nn.Module, x: Tensor) -> None:
-    for training in (False, True):
-        torch.manual_seed(1)  # dropout
-        expected = peer.train(training)(x)
-        torch.manual_seed(1)
-        assert torch.equal(ours.train(training)(x), expected)
-
-
-def assert_same_state(ours: nn.Module, peer: nn.Module) -> None:
-    actual, expected = ours.state_dict(), peer.state_dict()
-    assert list(actual) == list(expected)
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
-
-
-def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
-    assert actual is not None
-    assert expected is not None
-    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
-def share_weights(ours: nn.Module, peer: nn.Module) -> None:
-    """Load the peer's weights into ours and ours into the peer: both strictly."""
-    assert list(ours.state_dict()) == list(peer.state_dict())
-    ours.load_state_dict(peer.state_dict())
-    peer.load_state_dict(ours.state_dict())
-
-
-def build_on_meta(builder: Any, *args: Any, **kwargs: Any) -> Any:
-    """Skip an initialisation that `randomize` replaces anyway."""
-    with torch.device("meta"):
-        return builder(*args, **kwargs)
 
 
 # torchvision

@@ -68,25 +68,44 @@ def _stage(name: str) -> int:
 
 
 def _regnet_timm(key: str, keys: Collection[str]) -> str:
-    kinds = {"0": "conv", "1": "bn"}
     match key.split("."):
         case ["fc", leaf]:
             return f"head.fc.{leaf}"
-        case ["stem", i, leaf]:
-            return f"stem.{kinds[i]}.{leaf}"
+        case [("stem" | "final_conv") as name, i, leaf]:
+            return f"{name}.{_CONV_BN[i]}.{leaf}"
         case ["trunk_output", stage, block, *rest]:
             layer = f"s{_stage(stage) + 1}.b{_block(block) + 1}"
-            match rest:
-                case ["proj", i, leaf]:
-                    return f"{layer}.downsample.{kinds[i]}.{leaf}"
-                case ["f", "se", *leaf]:
-                    return ".".join([layer, "se", *leaf])
-                case ["f", ("a" | "b" | "c") as name, i, leaf]:
-                    return f"{layer}.conv{'abc'.index(name) + 1}.{kinds[i]}.{leaf}"
-                case _:
-                    return key
+            return ".".join([layer, *_regnet_timm_part(rest, keys)])
         case _:
             return key
+
+
+_CONV_BN = {"0": "conv", "1": "bn"}
+
+
+def _regnet_timm_part(names: list[str], keys: Collection[str]) -> list[str]:
+    """Return what timm calls a part of a block."""
+    norm_first = any(".norm." in other for other in keys)
+    match names:
+        case ["norm", leaf]:
+            return ["norm1", leaf]
+        case ["proj", leaf]:
+            return ["downsample", leaf]
+        case ["proj", i, leaf]:
+            if any(other.endswith(".proj.0.weight") for other in keys):
+                return ["downsample", _CONV_BN[i], leaf]
+            return ["downsample", "1", *([] if norm_first else [_CONV_BN[str(int(i) - 1)]]), leaf]
+        case ["f", "a", leaf]:
+            return ["conv1", leaf]
+        case ["f", ("a" | "b" | "c") as name, i, leaf]:
+            number = "abc".index(name) + 1
+            if norm_first:
+                return [f"{'norm' if i == '0' else 'conv'}{number}", leaf]
+            return [f"conv{number}", _CONV_BN[i], leaf]
+        case ["f", "se", *leaf]:
+            return ["se", *leaf]
+        case _:
+            return names
 
 
 def _regnet_transformers(key: str, keys: Collection[str]) -> str:
@@ -98,11 +117,11 @@ def _regnet_transformers(key: str, keys: Collection[str]) -> str:
         case ["trunk_output", stage, block, *rest]:
             layer = f"regnet.encoder.stages.{_stage(stage)}.layers.{_block(block)}"
             match rest:
-                case ["proj", i, leaf]:
+                case ["proj", i, leaf] if i in _KINDS:
                     return f"{layer}.shortcut.{_KINDS[i]}.{leaf}"
                 case ["f", "se", ("fc1" | "fc2") as name, leaf]:
                     return f"{layer}.layer.2.attention.{0 if name == 'fc1' else 2}.{leaf}"
-                case ["f", ("a" | "b" | "c") as name, i, leaf]:
+                case ["f", ("a" | "b" | "c") as name, i, leaf] if i in _KINDS:
                     has_se = any(".se." in other for other in keys)  # between b and c
                     place = ("abxc" if has_se else "abc").index(name)
                     return f"{layer}.layer.{place}.{_KINDS[i]}.{leaf}"

@@ -140,6 +140,15 @@ def _stem_pool(config: ResNetConfig) -> nn.Module:
     )
 
 
+def shortcut_pool(stride: int, dilation: int) -> nn.Module:
+    """Build the average pool of a shortcut, in place of the stride of its convolution."""
+    if stride > 1:
+        return nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
+    if dilation > 1:  # keeps the size; as in timm, the zeros of the padding count
+        return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
+    return nn.Identity()
+
+
 def _shortcut(config: ResNetConfig, stage: Stage) -> nn.Module | None:
     """Build the projection of a stage's first block, or None where the input fits as it is."""
     in_channels, channels, _, stride, first_dilation, dilation = stage
@@ -153,14 +162,9 @@ def _shortcut(config: ResNetConfig, stage: Stage) -> nn.Module | None:
             *(in_channels, channels, size), stride=stride, dilation=dilation, bias=False
         )
         return nn.Sequential(conv, _norm(config, channels, apply_act=False))
-    if stride > 1:
-        pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
-    elif resamples:  # keeps the size; as in timm, the zeros of the padding count
-        pool = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
-    else:
-        pool = nn.Identity()
     conv = create_conv2d(in_channels, channels, 1, bias=False)
-    return nn.Sequential(pool, conv, _norm(config, channels, apply_act=False))
+    norm = _norm(config, channels, apply_act=False)
+    return nn.Sequential(shortcut_pool(stride, dilation), conv, norm)
 
 
 def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
@@ -203,6 +207,8 @@ class ResNet(Network):
         self._init_weights()
 
     def _init_weights(self) -> None:
+        if next(self.parameters()).is_meta:
+            return  # no values to set, and slow at it
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
