@@ -85,6 +85,24 @@ def overhead(
         report.save(json)
 
 
+@app.command()
+def parity(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern of model names.")] = "*",
+    peers: Annotated[str, typer.Option(help="Comma-separated.")] = "torchvision,timm,transformers",
+    sizes: Annotated[str, typer.Option(help="Pixels per side, comma-separated.")] = "224,97",
+    json: Annotated[Path | None, typer.Option(help="Also write what was found there.")] = None,
+) -> None:
+    """Compare every model with its peers: parameters, keys, outputs, gradients. Takes an hour."""
+    from .bench.parity import BUILDERS, run
+
+    of = peers.split(",")
+    if unknown := [peer for peer in of if peer not in BUILDERS]:
+        raise typer.BadParameter(f"peers are {', '.join(BUILDERS)}; got {', '.join(unknown)}")
+    pixels = [int(size) for size in sizes.split(",")]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    raise typer.Exit(int(not run(pattern, of, pixels, console, json)))
+
+
 @app.command("list")
 def list_models(pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*") -> None:
     """List the models by name."""

@@ -2,15 +2,12 @@
 
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TypeVar
 
 import pytest
 import torch
-from torch import nn
 
 import vertebra
-
-Module = TypeVar("Module", bound=nn.Module)
+from vertebra.testing.parity import randomize
 
 
 @pytest.fixture(autouse=True)
@@ -43,23 +40,6 @@ def timm() -> ModuleType:
 @pytest.fixture(scope="session")
 def transformers() -> ModuleType:
     return pytest.importorskip("transformers")
-
-
-@torch.no_grad()
-def randomize(model: Module) -> Module:
-    """Fill every parameter and every statistic with random values that keep activations tame."""
-    if next(model.parameters()).is_meta:
-        model = model.to_empty(device="cpu")
-    for key, value in model.state_dict().items():
-        if value.dim() > 1:
-            value.normal_(0, (2 / value[0].numel()) ** 0.5)
-        elif key.endswith(("weight", "running_var")):
-            value.uniform_(0.5, 1.5)
-        elif value.is_floating_point():
-            value.normal_(0, 0.1)
-        else:
-            value.fill_(7)  # num_batches_tracked
-    return model
 
 
 @pytest.fixture(name="randomize", scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -43,15 +44,21 @@ def timm() -> ModuleType:
     return importlib.import_module("timm")
 
 
-def torchvision_model(name: str) -> nn.Module:
+def transformers() -> Any:
+    """Import transformers, which imports torchvision where that is installed."""
+    with suppress(ImportError):
+        torchvision()
+    return importlib.import_module("transformers")
+
+
+def torchvision_model(name: str, **options: Any) -> nn.Module:
     """Build torchvision's model of that name; the seed in force decides its weights."""
     models = torchvision_module("models")
     if name not in models.list_models(models):
         raise Unavailable(f"torchvision has no {name}")
-    try:
-        return models.get_model(name, zero_init_residual=True)
-    except TypeError:  # not a ResNet
-        return models.get_model(name)
+    if name.startswith(("resnet", "resnext", "wide_resnet")):
+        options = {"zero_init_residual": True, **options}
+    return models.get_model(name, **options)
 
 
 def timm_model(name: str) -> nn.Module:

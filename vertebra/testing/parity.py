@@ -9,12 +9,30 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def build_on_meta(builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Build without memory, and without an initialisation that is replaced anyway."""
     with torch.device("meta"):
         return builder(*args, **kwargs)
+
+
+@torch.no_grad()
+def randomize(model: Module) -> Module:
+    """Fill every parameter and every statistic with random values that keep activations tame."""
+    if next(model.parameters()).is_meta:
+        model = model.to_empty(device="cpu")
+    for key, value in model.state_dict().items():
+        if value.dim() > 1:
+            value.normal_(0, (2 / value[0].numel()) ** 0.5)
+        elif key.endswith(("weight", "running_var")):
+            value.uniform_(0.5, 1.5)
+        elif value.is_floating_point():
+            value.normal_(0, 0.1)
+        else:
+            value.fill_(7)  # num_batches_tracked
+    return model
 
 
 def share_weights(ours: nn.Module, peer: nn.Module) -> None:

@@ -1,0 +1,199 @@
+"""Parity: every model here beside torchvision's, timm's and transformers' of the same name.
+
+A row compares one model with one peer's: the number of parameters; the keys, as exported in the
+peer's layout; and, with the peer's random weights loaded here, the logits of both image sizes in
+eval mode and the gradients of all parameters in training. All in fp32 and plain PyTorch, where a
+network of batch norms has the same bits, and a ConvNeXt the same numbers up to rounding.
+
+A model too large for the memory at hand is compared by parameters and keys alone, and says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..kernels import backend
+from ..models import create_model, export_weights, list_models, load_weights
+from ..models._layouts import export
+from ..testing.parity import build_on_meta, randomize, relative_error
+from . import peers
+from .runner import Unavailable
+
+ALLOWED = {"resnet": 0.0, "regnet": 0.0, "convnext": 5e-6}
+"""By family, the largest difference relative to the largest magnitude of a tensor."""
+
+
+@dataclass
+class Row:
+    """One model and one peer's."""
+
+    model: str
+    peer: str
+    family: str
+    parameters: int
+    peer_parameters: int
+    keys_equal: bool
+    outputs: dict[int, float]  # by image size
+    gradients: float | None
+    note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything differs by more than rounding may explain."""
+        found = [*self.outputs.values(), *([] if self.gradients is None else [self.gradients])]
+        return (
+            self.parameters != self.peer_parameters
+            or not self.keys_equal
+            or any(not error <= ALLOWED[self.family] for error in found)
+        )
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """Build torchvision's model, without the random depth that its ConvNeXts are trained with."""
+    if name.startswith("regnet"):  # which the meta device is too little for
+        return peers.torchvision_model(name)
+    options = {"stochastic_depth_prob": 0.0} if name.startswith("convnext") else {}
+    return build_on_meta(peers.torchvision_model, name, **options)
+
+
+def transformers_model(name: str) -> nn.Module:
+    """Build transformers' model with the configuration that ours of this name has."""
+    transformers = peers.transformers()
+    ours: Any = build_on_meta(create_model, name)
+    config = ours.config
+    if ours.family == "resnet":
+        options = {"depths": list(config.layers), "layer_type": config.block}
+        settings: Any = transformers.ResNetConfig(
+            hidden_sizes=list(config.channels), embedding_size=config.stem_channels, **options
+        )
+        build: Any = transformers.ResNetForImageClassification
+    elif ours.family == "regnet":
+        depths, widths = zip(*((len(s), s[0].out_channels) for s in config.stages()), strict=True)
+        settings = transformers.RegNetConfig(
+            hidden_sizes=list(widths),
+            depths=list(depths),
+            groups_width=config.group_width,
+            layer_type=config.layer_type,
+        )
+        build = transformers.RegNetForImageClassification
+    else:
+        options = {"hidden_sizes": list(config.channels), "depths": list(config.depths)}
+        if config.use_grn:
+            settings = transformers.ConvNextV2Config(**options)
+            build = transformers.ConvNextV2ForImageClassification
+        else:
+            settings = transformers.ConvNextConfig(**options)
+            build = transformers.ConvNextForImageClassification
+        settings.layer_norm_eps = 1e-6  # of the last norm: not what published weights have
+    settings.num_labels = 1000
+    peer = build_on_meta(build, settings)
+    shapes = {key: value.shape for key, value in peer.state_dict().items()}
+    exported = export_weights(ours, "transformers")
+    if shapes != {key: value.shape for key, value in exported.items()}:
+        raise Unavailable("transformers cannot express it")
+    return peer
+
+
+BUILDERS: dict[str, Callable[[str], nn.Module]] = {
+    "torchvision": torchvision_model,
+    "timm": lambda name: build_on_meta(peers.timm_model, name),
+    "transformers": transformers_model,
+}
+
+
+def compare(name: str, peer: str, sizes: Sequence[int], memory: int) -> Row:
+    """Compare a model with a peer's; raise `Unavailable` where the peer has none."""
+    theirs = BUILDERS[peer](name)
+    ours: Any = build_on_meta(create_model, name)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    exported = export_weights(ours, peer)
+    keys = {key: value.shape for key, value in theirs.state_dict().items()}
+    row = Row(
+        *(name, peer, ours.family, *counts),
+        keys_equal={key: value.shape for key, value in exported.items()} == keys,
+        outputs={},
+        gradients=None,
+    )
+    needed = 4 * sum(counts) * 2 + 2**31  # weights, gradients, activations
+    if needed > memory:
+        row.note = f"needs {needed / 2**30:.0f} GiB of memory: parameters and keys only"
+        return row
+    theirs = randomize(theirs)
+    ours = ours.to_empty(device="cpu")
+    load_weights(ours, theirs.state_dict())
+    for size in sizes:
+        x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
+        with torch.no_grad():
+            row.outputs[size] = relative_error(_logits(ours.eval(), x), _logits(theirs.eval(), x))
+    row.gradients = _gradient_error(ours.train(), theirs.train(), sizes[-1], peer)
+    return row
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    return y if isinstance(y, Tensor) else y.logits
+
+
+def _gradient_error(ours: Any, theirs: nn.Module, size: int, peer: str) -> float:
+    """Return the error of all gradients, by name, after one loss on two images."""
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        F.cross_entropy(_logits(model, x), torch.tensor([1, 2])).backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    found = export(gradients, ours.family, peer)
+    assert found.keys() == expected.keys()
+    return max(relative_error(found[name], expected[name]) for name in expected)
+
+
+def run(
+    pattern: str, of: Sequence[str], sizes: Sequence[int], console: Console, out: Path | None
+) -> bool:
+    """Compare, print what is found as it is found, and write it; return whether all is equal."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+    table = Table("model", "peer", "parameters", "keys", title="fp32, plain PyTorch")
+    for heading in (*(f"logits {size}" for size in sizes), "gradients", ""):
+        table.add_column(heading, justify="right")
+    found: list[Row] = []
+    names = [(name, peer) for name in list_models(pattern) for peer in of]
+    with Progress(console=Console(stderr=True), transient=True) as progress, backend("eager"):
+        task = progress.add_task("", total=len(names))
+        for name, peer in names:
+            progress.update(task, description=f"{name}, {peer}")
+            with suppress(Unavailable):
+                row = compare(name, peer, sizes, memory)
+                found.append(row)
+                table.add_row(*_cells(row, sizes))
+                if out is not None:
+                    out.write_text(json.dumps([asdict(row) for row in found], indent=1))
+            gc.collect()
+            progress.advance(task)
+    console.print(table)
+    wrong = [row for row in found if row.failed]
+    console.print(f"{len(found)} comparisons, {len(wrong)} with differences")
+    return not wrong
+
+
+def _cells(row: Row, sizes: Sequence[int]) -> Iterator[str]:
+    yield from (row.model, row.peer)
+    same = row.parameters == row.peer_parameters
+    yield f"{row.parameters:,}" if same else f"{row.parameters:,}, not {row.peer_parameters:,}"
+    yield "equal" if row.keys_equal else "DIFFER"
+    for error in (*(row.outputs.get(size) for size in sizes), row.gradients):
+        yield "" if error is None else "equal" if error == 0 else f"{error:.1e}"
+    yield "DIFFERS" if row.failed else row.note
