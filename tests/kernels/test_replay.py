@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -180,7 +179,7 @@ def assert_replayed(ordinary, replayed) -> None:
 
 
 def _plans() -> list[Plan | str]:
-    return [plan for replay in _replay._replays for plan in replay.plans.values()]
+    return [plan for replay in _replay._replays for plan in replay.plans]
 
 
 @triton.jit
@@ -197,8 +196,6 @@ def scale(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
     return y
 
 
-ONLOOKERS = SimpleNamespace(depth=0)
-TYPES = ("Tensor", "Optional[Tensor]", "float", "str")
 
 
 def agree(replay: Replay, *args: Any, times: int = 3) -> None:
@@ -210,7 +207,7 @@ def agree(replay: Replay, *args: Any, times: int = 3) -> None:
 
 @jitted
 def test_whatever_a_binary_depends_on_is_told_apart() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     memory = torch.zeros(4096)
     x, bias = memory[:64], torch.zeros(64)
     variants = [
@@ -229,18 +226,20 @@ def test_whatever_a_binary_depends_on_is_told_apart() -> None:
     for _ in range(3):
         for variant in variants:
             agree(replay, *variant, 1.0, "none", times=1)
-    assert [type(plan) for plan in replay.plans.values()] == [Plan] * (len(variants) - 1)
+    assert [type(plan) for plan in replay.plans] == [Plan] * (len(variants) - 1)
     agree(replay, x, bias, 1.0, "relu")
     assert len(replay.plans) == len(variants)
 
 
 @jitted
 def test_floats_are_handed_on_not_kept() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
     for factor in (0.3, 0.3, 0.3, 0.5, 1.0, 0.0, 0.40625, float("inf")):
         agree(replay, x, None, factor, "none", times=1)
-    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+    assert [type(plan) for plan in replay.plans] == [Plan]
+    agree(replay, x, None, 1, "none")  # Triton makes the integer 1 a constant
+    agree(replay, x, None, 0.3, "none")
 
 
 @jitted
@@ -253,11 +252,11 @@ def test_floats_that_decide_belong_to_the_signature() -> None:
 
     x = torch.zeros(64)
     for implementation in (inverse, chosen):
-        replay = Replay(implementation, TYPES, ONLOOKERS)
+        replay = Replay(implementation, _op.is_plain, _op._watching)
         for _ in range(4):
             for factor in (0.5, 0.25):
                 agree(replay, x, x, factor, "none", times=1)
-        assert [type(plan) for plan in replay.plans.values()] == [Plan, Plan]
+        assert [type(plan) for plan in replay.plans] == [Plan, Plan]
 
 
 @jitted
@@ -265,21 +264,21 @@ def test_what_computes_besides_is_not_replayed() -> None:
     def doubled(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x * 2, bias, factor, name)
 
-    replay = Replay(doubled, TYPES, ONLOOKERS)
+    replay = Replay(doubled, _op.is_plain, _op._watching)
     x = torch.zeros(64)
     for _ in range(4):
         ordinary = launches(replay, x, x, 1.0, "none")[1]
         assert isinstance(ordinary[0][11], Tensor)
-    assert not any(isinstance(plan, Plan) for plan in replay.plans.values())
+    assert not any(isinstance(plan, Plan) for plan in replay.plans)
 
 
 @jitted
 def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     x, other = torch.zeros(64), torch.zeros(64)
     for _ in range(3):
         launches(replay, x, x, 1.0, "none")
-    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+    assert [type(plan) for plan in replay.plans] == [Plan]
     agree(replay, x, other, 1.0, "none")
 
 
@@ -288,17 +287,17 @@ def test_views_of_arguments_move_with_them() -> None:
     def second_half(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x[32:], bias, factor, name)
 
-    replay = Replay(second_half, TYPES, ONLOOKERS)
+    replay = Replay(second_half, _op.is_plain, _op._watching)
     for _ in range(4):
         x = torch.zeros(64)
         _, (launched,) = launches(replay, x, None, 1.0, "none")
         assert _pointer(launched[11]) == x[32:].data_ptr()
-    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+    assert [type(plan) for plan in replay.plans] == [Plan]
 
 
 @jitted
 def test_signatures_are_bounded_and_forgotten() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     with patch.object(_replay, "MAX_SIGNATURES", 4):
         for _, size in itertools.product(range(3), range(8, 20)):
             agree(replay, torch.zeros(size), None, 1.0, "none", times=1)
@@ -309,7 +308,7 @@ def test_signatures_are_bounded_and_forgotten() -> None:
 
 @jitted
 def test_who_watches_launches_sees_them() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
     agree(replay, x, None, 1.0, "none")
 
@@ -333,7 +332,7 @@ def test_who_watches_launches_sees_them() -> None:
 
 @jitted
 def test_threads_do_not_share_a_call() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     wrong: list[int] = []
 
     def work(size: int) -> None:

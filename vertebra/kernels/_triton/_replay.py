@@ -20,21 +20,23 @@ and instrumentation modes, a view of one of two arguments that share memory.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
-from operator import is_, itemgetter
+from functools import reduce
+from itertools import starmap
+from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as _modes
+from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu, _empty_strided_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from ._launch import Launch, capturing, recorded, recording
+from ._launch import Launch, observed, recorded
 
 MAX_SIGNATURES = 4096  # of one op: a network has tens; more only where image sizes vary
 ALIGNMENT = 16  # bytes: what the JIT asks of a pointer; torch allocates at multiples of 64 and more
@@ -50,6 +52,9 @@ _ALLOCATIONS = frozenset(
     )
 )
 
+# what Inductor allocates with: half of what torch.empty costs
+_ALLOCATE = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
+
 Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 Scalars = list[dict[str, int]]
 """Launch by launch, which of the op's floats is the argument at a path."""
@@ -60,83 +65,98 @@ _replays: list[Replay] = []
 def forget() -> None:
     """Drop every plan, as whoever replaces a kernel or what its launcher calls has to."""
     for replay in _replays:
-        replay.plans.clear()
+        replay.forget()
+
+
+def repeated(
+    implementation: Callable[..., Any], is_plain: Callable[[tuple[Any, ...]], bool], watching: Any
+) -> Callable[..., Any]:
+    """Return `implementation`, replayed where kernels are compiled."""
+    if knobs.runtime.interpret:
+        return implementation
+    return Replay(implementation, is_plain, watching)
 
 
 class Replay:
     """An op's implementation, repeated by plans.
 
-    `types` are its schema's, in order; `watching.depth` counts the modes that only look on.
+    `is_plain` tells whether PyTorch just runs what a call asks for; `watching.depth` counts the
+    modes that only look on.
     """
 
     def __init__(
-        self, implementation: Callable[..., Any], types: Sequence[str], watching: Any
+        self,
+        implementation: Callable[..., Any],
+        is_plain: Callable[[tuple[Any, ...]], bool],
+        watching: Any,
     ) -> None:
-        self.plans: dict[tuple[Any, ...], Plan | str] = {}
-        self._implementation, self._watching = implementation, watching
-        self._tensors = picker([i for i, t in enumerate(types) if t in _TENSORS])
-        self._float_places = [i for i, t in enumerate(types) if t == "float"]
-        self._floats = picker(self._float_places)
-        self._lists = picker([i for i, t in enumerate(types) if t == "List[int]"])
-        keyed = (*_TENSORS, "float", "List[int]")
-        self._rest = picker([i for i, t in enumerate(types) if t not in keyed])
+        self._kinds: dict[tuple[type, ...], Kind] = {}
+        self._implementation, self._is_plain, self._watching = implementation, is_plain, watching
         self._floats_decide = False
         _replays.append(self)
 
     def __call__(self, *args: Any) -> Any:
         """Return what the implementation would."""
-        if _is_watched():
-            return self._implementation(*args)
-        floats = self._floats(args)
-        maybe = self._tensors(args)
-        tensors = [t for t in maybe if t is not None]
-        pointers = [t.data_ptr() for t in tensors]
-        key = (
-            *self._rest(args),
-            *map(tuple, self._lists(args)),
-            *map(is_, maybe, repeat(None)),
-            *map(_SHAPE, tensors),
-            *map(_STRIDE, tensors),
-            *map(_DTYPE, tensors),
-            *map(_DEVICE, tensors),
-            *map(_MISALIGNMENT, pointers),
-            *(floats if self._floats_decide else ()),
-        )
-        plan = self.plans.get(key)
-        if isinstance(plan, Plan) and not any(plan.pre_run_hooks):
-            return plan.run(pointers, floats)
-        if plan is None:
-            if len(self.plans) >= MAX_SIGNATURES:
-                self.plans.clear()
-            self.plans[key] = _SEEN_ONCE
-        elif plan is _SEEN_ONCE:
-            return self._record(key, args)
+        kind = self._kinds.get((*map(type, args),))
+        if kind is None or _modes() or _is_watched():
+            return self._meet(args)
+        tensors = kind.tensors(args)
+        for signature in kind.signatures.get((tensors[0].shape, *kind.rest(args)), ()):
+            if signature.holds(*tensors):
+                pointers = [*map(_POINTER, tensors)]
+                if misalignment(pointers) == signature.misalignment:
+                    plan = signature.plan
+                    if isinstance(plan, Plan) and not any(plan.pre_run_hooks):
+                        return plan.run(pointers, kind.floats(args))
+                    if plan is None:
+                        return self._record(signature, kind, args)
+                    return self._implementation(*args)
+        return self._meet(args)
+
+    @property
+    def plans(self) -> list[Plan | str | None]:
+        """What to do about each signature; None for one that came once."""
+        return [signature.plan for found in self._signatures() for signature in found]
+
+    def _signatures(self) -> list[list[Signature]]:
+        return [found for kind in self._kinds.values() for found in kind.signatures.values()]
+
+    def forget(self) -> None:
+        """Drop every plan."""
+        self._kinds.clear()
+    def _meet(self, args: tuple[Any, ...]) -> Any:
+        """Run the implementation on a call that no signature holds for, and note its signature."""
+        if self._is_plain(args) and not _is_watched():
+            if sum(map(len, self._signatures())) >= MAX_SIGNATURES:
+                self._kinds.clear()
+            kind = self._kinds.setdefault(tuple(map(type, args)), Kind(args, self._floats_decide))
+            kind.note(args)
         return self._implementation(*args)
 
-    def _record(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    def _record(self, signature: Signature, kind: Kind, args: tuple[Any, ...]) -> Any:
+        signature.plan = _ORDINARY  # what other threads do meanwhile, and whoever sees this fail
         # one tensor passed twice becomes two: they need not be one the next time
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         with _Watch(self._watching) as watch, recorded() as launches:
             outputs = self._implementation(*args)
-        scalars = self._rehearse(args, [launch for launch, _ in launches])
+        scalars = self._rehearse(kind.float_places, args, [launch for launch, _ in launches])
         if scalars is None:
             self._floats_decide = True
-            self.plans.clear()
-            return outputs
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        made = None
-        if not watch.computes:
-            made = make_plan(tensors, outputs, launches, scalars, len(self._float_places))
-        self.plans[key] = made or _ORDINARY
+            self._kinds.clear()
+        elif not watch.computes:
+            floats = len(kind.float_places)
+            made = make_plan(kind.tensors(args), outputs, launches, scalars, floats)
+            signature.plan = made or _ORDINARY
         return outputs
 
-    def _rehearse(self, args: tuple[Any, ...], launches: list[Launch]) -> Scalars | None:
+    def _rehearse(
+        self, places: list[int], args: tuple[Any, ...], launches: list[Launch]
+    ) -> Scalars | None:
         """Return where the launches take the op's floats; None if more follows from those."""
-        places = self._float_places
-        if not places or self._floats_decide:
+        if not places:
             return [{} for _ in launches]
         names = [0.40625 + 0.001 * i for i in range(len(places))]  # one for each, to know it by
-        first = self._launches_with(names, args)
+        first = self._launches_with(dict(zip(places, names)), args)
         if first is None:
             return None
         scalars = [
@@ -145,7 +165,8 @@ class Replay:
         ]
         mine = [args[place] for place in places]
         for values in (mine, *([probe] * len(places) for probe in _PROBES)):
-            found = launches if values is mine else self._launches_with(values, args)
+            changed = dict(zip(places, values))
+            found = launches if values is mine else self._launches_with(changed, args)
             if found is None or len(found) != len(first):
                 return None
             for launch, like, handed in zip(found, first, scalars):
@@ -154,11 +175,12 @@ class Replay:
                     return None
         return scalars
 
-    def _launches_with(self, floats: list[float], args: tuple[Any, ...]) -> list[Launch] | None:
-        changed = dict(zip(self._float_places, floats))
+    def _launches_with(
+        self, floats: dict[int, float], args: tuple[Any, ...]
+    ) -> list[Launch] | None:
         try:
             with recorded(runs=False) as rehearsed:
-                self._implementation(*(changed.get(i, a) for i, a in enumerate(args)))
+                self._implementation(*(floats.get(i, a) for i, a in enumerate(args)))
         except (ArithmeticError, ValueError):
             return None  # it computes with them
         return [launch for launch, _ in rehearsed]
@@ -181,13 +203,9 @@ def _differ_only_in(expected: dict[str, float], a: Launch, b: Launch) -> bool:
 
 
 _PROBES = (0.0, 1.0, -1.0, 1e-9, 1e9)  # what a branch would tell apart
-_TENSORS = ("Tensor", "Optional[Tensor]")
-# mapped over tensors: half of what attributes and methods cost in a loop
-_SHAPE: Callable[[Tensor], Any] = inspect.getattr_static(Tensor, "shape").__get__
-_DTYPE: Callable[[Tensor], Any] = inspect.getattr_static(Tensor, "dtype").__get__
-_STRIDE, _DEVICE = Tensor.stride, Tensor.get_device
 _MISALIGNMENT = (ALIGNMENT - 1).__and__
-_SEEN_ONCE, _ORDINARY = "seen once", "ordinary"
+_POINTER: Callable[[Tensor], int] = Tensor.data_ptr
+_ORDINARY = "ordinary"
 
 
 class Plan(NamedTuple):
@@ -198,9 +216,11 @@ class Plan(NamedTuple):
     `constants`, and `tuples` of all these, which kernels take as one argument.
     """
 
-    device: torch.device
-    fresh: tuple[Tensor, ...]  # the outputs, then scratch: without memory, to allocate alike
-    outputs: int | None  # how many there are; None if there is one that is in no tuple
+    gpu: int | None  # None where there is none
+    allocate: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+    fresh: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # what to allocate
+    absent: tuple[Tensor, ...]  # outputs without elements: there is nothing to tell them apart by
+    outputs: Callable[[list[Tensor]], Any]  # picks from what was allocated and is absent
     offsets: tuple[tuple[int, int], ...]  # a pointer's place in the list, bytes to add
     constants: tuple[Any, ...]
     tuples: tuple[Picker, ...]
@@ -210,15 +230,13 @@ class Plan(NamedTuple):
 
     def run(self, pointers: list[int], floats: tuple[float, ...]) -> Any:
         """Allocate and launch; return the outputs."""
-        device = self.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        gpu = self.gpu
+        if gpu is not None and gpu != torch.cuda.current_device():
+            with torch.cuda.device(gpu):
                 return self.run(pointers, floats)
-        fresh = [torch.empty_like(t) for t in self.fresh]
+        fresh = [*starmap(self.allocate, self.fresh)]
         active: Any = driver.active
-        values = [active.get_current_stream(device.index), *pointers]
-        values += [t.data_ptr() for t in fresh]
-        values += floats
+        values = [active.get_current_stream(gpu), *pointers, *map(_POINTER, fresh), *floats]
         for place, offset in self.offsets:
             values.append(values[place] + offset)
         values += self.constants
@@ -226,7 +244,63 @@ class Plan(NamedTuple):
             values.append(pick(values))
         for enter, pick in self.launches:
             enter(*pick(values))
-        return fresh[0] if self.outputs is None else tuple(fresh[: self.outputs])
+        fresh += self.absent
+        return self.outputs(fresh)
+
+
+class Signature:
+    """What a call's launches follow from, beside its kind, its flags and x's shape."""
+
+    __slots__ = ("holds", "misalignment", "plan")
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.holds = _guard(tensors)
+        if not self.holds(*tensors):  # PyTorch's guards take no tensor twice
+            each = [_guard((t,)) for t in tensors]
+            self.holds = lambda *tensors: all(holds(t) for holds, t in zip(each, tensors))
+        self.misalignment = misalignment([*map(_POINTER, tensors)])
+        self.plan: Plan | str | None = None
+
+
+def _guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
+    """Return what tells whether tensors are like these in all but their memory.
+
+    That is in type, shape, strides, dtype, device and in what PyTorch's dispatcher makes of them.
+    """
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def misalignment(pointers: list[int]) -> tuple[int, ...]:
+    """Return how far each pointer is from where the JIT calls it aligned, () if all are there."""
+    off = reduce(or_, pointers, 0) & (ALIGNMENT - 1)
+    return tuple(map(_MISALIGNMENT, pointers)) if off else ()
+
+
+class Kind:
+    """The calls whose arguments have certain types: where in them what is, and what is known."""
+
+    def __init__(self, args: tuple[Any, ...], floats_decide: bool) -> None:
+        self.signatures: dict[tuple[Any, ...], list[Signature]] = {}
+        is_float = [isinstance(a, float) and not floats_decide for a in args]
+        self.float_places = [i for i, found in enumerate(is_float) if found]
+        self.floats = slicer(self.float_places)
+        self.tensors = slicer([i for i, a in enumerate(args) if isinstance(a, Tensor)])
+        rest = [
+            i
+            for i, a in enumerate(args)
+            if not (a is None or isinstance(a, Tensor) or is_float[i])
+        ]
+        self.rest = slicer(rest)
+        if list in map(type, args):
+            self.rest = lambda args: tuple(
+                tuple(args[i]) if isinstance(args[i], list) else args[i] for i in rest
+            )
+
+    def note(self, args: tuple[Any, ...]) -> None:
+        """Make a signature for calls like this one."""
+        tensors = self.tensors(args)
+        key = (tensors[0].shape, *self.rest(args))
+        self.signatures.setdefault(key, []).append(Signature(tensors))
 
 
 class _Constant(NamedTuple):
@@ -234,7 +308,7 @@ class _Constant(NamedTuple):
 
 
 def make_plan(
-    tensors: list[Tensor],
+    tensors: Sequence[Tensor],
     outputs: Tensor | tuple[Tensor, ...],
     launches: Sequence[tuple[Launch, Any]],
     scalars: Scalars,
@@ -251,17 +325,14 @@ def make_plan(
     """
     returned = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     used = [v for launch, _ in launches for _, v in leaves(launch.arguments) if _is_tensor(v)]
-    found = _origins(tensors + returned, used)
+    found = _origins([*tensors, *returned], used)
     if found is None or not all(isinstance(binary, CompiledKernel) for _, binary in launches):
         return None
     origins, scratch = found
-    fresh = [torch.empty_like(t) for t in returned]
+    fresh = [(tuple(t.shape), t.stride(), t.dtype) for t in returned]
     if scratch:
-        fresh.append(torch.empty(scratch, dtype=torch.uint8, device=returned[0].device))
-    if any(a.stride() != b.stride() for a, b in zip(fresh, returned)):
-        return None
-    for t in fresh:
-        t.untyped_storage().resize_(0)
+        fresh.append(((scratch,), (1,), torch.uint8))
+    device = returned[0].device
 
     first_float = 1 + len(tensors) + len(fresh)
     offsets = sorted({origin for origin in origins.values() if origin[1]})
@@ -306,9 +377,11 @@ def make_plan(
 
     picks = [picker([index(node) for node in tree]) for tree in trees]
     return Plan(
-        device=returned[0].device,
+        gpu=device.index if device.type == "cuda" else None,
+        allocate=_ALLOCATE[device.type],
         fresh=tuple(fresh),
-        outputs=None if isinstance(outputs, Tensor) else len(returned),
+        absent=(),
+        outputs=itemgetter(0) if isinstance(outputs, Tensor) else picker(range(len(returned))),
         offsets=tuple((1 + base, offset) for base, offset in offsets),
         constants=tuple(constants),
         tuples=tuple(tuples),
@@ -376,19 +449,15 @@ class _Watch(TorchDispatchMode):
 def _is_watched() -> bool:
     """Return whether somebody wants each launch to go through the door and Triton's JIT."""
     runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
-        capturing()
-        or recording()
-        or runtime.interpret
-        or _callees(runtime.launch_enter_hook)
-        or _callees(runtime.launch_exit_hook)
+        observed()
+        # a chain of hooks, or what somebody put in its place
+        or getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
         or runtime.debug
         or knobs.compilation.instrumentation_mode
     )
-
-
-def _callees(hook: Any) -> Any:
-    return getattr(hook, "calls", hook)  # a chain of hooks, or what somebody put in its place
 
 
 def _is_tensor(value: Any) -> bool:
@@ -415,3 +484,11 @@ def picker(places: Sequence[int]) -> Picker:
     if len(places) > 1:
         return itemgetter(*places)
     return lambda values: tuple(values[i] for i in places)
+
+
+def slicer(places: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return what `picker` does, for tuples only, and as fast for less than two places."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    start = places[0] if places else 0
+    return itemgetter(slice(start, start + len(places)))
