@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
 from itertools import starmap
-from operator import itemgetter, or_
+from math import gcd
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -203,7 +203,6 @@ def _differ_only_in(expected: dict[str, float], a: Launch, b: Launch) -> bool:
 
 
 _PROBES = (0.0, 1.0, -1.0, 1e-9, 1e9)  # what a branch would tell apart
-_MISALIGNMENT = (ALIGNMENT - 1).__and__
 _POINTER: Callable[[Tensor], int] = Tensor.data_ptr
 _ORDINARY = "ordinary"
 
@@ -272,8 +271,9 @@ def _guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
 
 def misalignment(pointers: list[int]) -> tuple[int, ...]:
     """Return how far each pointer is from where the JIT calls it aligned, () if all are there."""
-    off = reduce(or_, pointers, 0) & (ALIGNMENT - 1)
-    return tuple(map(_MISALIGNMENT, pointers)) if off else ()
+    if gcd(ALIGNMENT, *pointers) == ALIGNMENT:
+        return ()
+    return tuple(pointer % ALIGNMENT for pointer in pointers)
 
 
 class Kind:
@@ -452,8 +452,7 @@ def _is_watched() -> bool:
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
         observed()
-        # a chain of hooks, or what somebody put in its place
-        or getattr(enter, "calls", enter)
+        or getattr(enter, "calls", enter)  # of a chain; or else what somebody put in its place
         or getattr(leave, "calls", leave)
         or runtime.debug
         or knobs.compilation.instrumentation_mode
