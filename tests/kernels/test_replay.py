@@ -23,7 +23,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from vertebra.kernels import _op, _triton
-from vertebra.kernels._triton import _replay
+from vertebra.kernels._triton import _replay, _signature
 from vertebra.kernels._triton._launch import captured, launch
 from vertebra.kernels._triton._replay import Plan, Replay
 from vertebra.kernels._triton._stand_in import stand_in
@@ -298,7 +298,7 @@ def test_views_of_arguments_move_with_them() -> None:
 @jitted
 def test_signatures_are_bounded_and_forgotten() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
-    with patch.object(_replay, "MAX_SIGNATURES", 4):
+    with patch.object(_signature, "MAX_SIGNATURES", 4):
         for _, size in itertools.product(range(3), range(8, 20)):
             agree(replay, torch.zeros(size), None, 1.0, "none", times=1)
             assert len(replay.plans) <= 4

@@ -15,10 +15,13 @@ from collections.abc import Callable, Generator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._triton._signature import Signatures
 
 __all__ = [
     "INTERPRETED",
@@ -134,14 +137,27 @@ class Op:
             and _forced != "eager"
             and _observer is None
             and not torch.compiler.is_compiling()
-            and not (torch.is_grad_enabled() and any(map(_requires_grad, args)))
         ):
-            return self._replay(*args)
+            if not (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+                return self._replay(*args)
+            if self._passed.find(args) is not None:
+                return self.triton(*args)
+            if is_plain(args):
+                self.check(*args)
+                if self.refuses(*args) is None:
+                    self._passed.note(args)
         return self._run(*args)
 
     @cached_property
     def _replay(self) -> Callable[..., Any]:
         return _repeated(self._run)
+
+    @cached_property
+    def _passed(self) -> Signatures:
+        """The signatures of calls with gradients that passed the check and are not refused."""
+        from ._triton._signature import Signatures
+
+        return Signatures()
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
@@ -286,4 +302,8 @@ def _requires_grad(argument: Any) -> bool:
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Return whether autograd will ask for a gradient of any of `tensors`."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False

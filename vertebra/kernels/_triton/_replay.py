@@ -29,16 +29,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack as _modes
-from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu, _empty_strided_cuda
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from ._launch import Launch, observed, recorded
+from ._signature import Found, Signatures
 
-MAX_SIGNATURES = 4096  # of one op: a network has tens; more only where image sizes vary
 ALIGNMENT = 16  # bytes: what the JIT asks of a pointer; torch allocates at multiples of 64 and more
 _SCRATCH_ALIGNMENT = 256
 
@@ -90,63 +89,55 @@ class Replay:
         is_plain: Callable[[tuple[Any, ...]], bool],
         watching: Any,
     ) -> None:
-        self._kinds: dict[tuple[type, ...], Kind] = {}
         self._implementation, self._is_plain, self._watching = implementation, is_plain, watching
-        self._floats_decide = False
+        self._signatures = Signatures()
         _replays.append(self)
 
     def __call__(self, *args: Any) -> Any:
         """Return what the implementation would."""
-        kind = self._kinds.get((*map(type, args),))
-        if kind is None or _modes() or _is_watched():
+        found = self._signatures.find(args)
+        if found is None or _is_watched():
             return self._meet(args)
-        tensors = kind.tensors(args)
-        for signature in kind.signatures.get((tensors[0].shape, *kind.rest(args)), ()):
-            if signature.holds(*tensors):
-                pointers = [*map(_POINTER, tensors)]
-                if misalignment(pointers) == signature.misalignment:
-                    plan = signature.plan
-                    if isinstance(plan, Plan) and not any(plan.pre_run_hooks):
-                        return plan.run(pointers, kind.floats(args))
-                    if plan is None:
-                        return self._record(signature, kind, args)
-                    return self._implementation(*args)
-        return self._meet(args)
+        signature, kind, tensors = found
+        pointers = [*map(_POINTER, tensors)]
+        plan = signature.plans.get(misalignment(pointers))
+        if isinstance(plan, Plan) and not any(plan.pre_run_hooks):
+            return plan.run(pointers, kind.floats(args))
+        if plan is _SEEN_ONCE:
+            return self._record(found, args)
+        return self._meet(args) if plan is None else self._implementation(*args)
 
     @property
-    def plans(self) -> list[Plan | str | None]:
-        """What to do about each signature; None for one that came once."""
-        return [signature.plan for found in self._signatures() for signature in found]
-
-    def _signatures(self) -> list[list[Signature]]:
-        return [found for kind in self._kinds.values() for found in kind.signatures.values()]
+    def plans(self) -> list[Plan | str]:
+        """What to do about each signature."""
+        return [plan for signature in self._signatures for plan in signature.plans.values()]
 
     def forget(self) -> None:
         """Drop every plan."""
-        self._kinds.clear()
+        self._signatures.clear()
+
     def _meet(self, args: tuple[Any, ...]) -> Any:
-        """Run the implementation on a call that no signature holds for, and note its signature."""
+        """Run the implementation on a call of which nothing is known, and note its signature."""
         if self._is_plain(args) and not _is_watched():
-            if sum(map(len, self._signatures())) >= MAX_SIGNATURES:
-                self._kinds.clear()
-            kind = self._kinds.setdefault(tuple(map(type, args)), Kind(args, self._floats_decide))
-            kind.note(args)
+            signature, _, tensors = self._signatures.note(args)
+            signature.plans[misalignment([*map(_POINTER, tensors)])] = _SEEN_ONCE
         return self._implementation(*args)
 
-    def _record(self, signature: Signature, kind: Kind, args: tuple[Any, ...]) -> Any:
-        signature.plan = _ORDINARY  # what other threads do meanwhile, and whoever sees this fail
+    def _record(self, found: Found, args: tuple[Any, ...]) -> Any:
         # one tensor passed twice becomes two: they need not be one the next time
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         with _Watch(self._watching) as watch, recorded() as launches:
             outputs = self._implementation(*args)
+        signature, kind, tensors = found
         scalars = self._rehearse(kind.float_places, args, [launch for launch, _ in launches])
         if scalars is None:
-            self._floats_decide = True
-            self._kinds.clear()
-        elif not watch.computes:
+            self._signatures = Signatures(with_floats=True)
+            return outputs
+        made = None
+        if not watch.computes:
             floats = len(kind.float_places)
             made = make_plan(kind.tensors(args), outputs, launches, scalars, floats)
-            signature.plan = made or _ORDINARY
+        signature.plans[misalignment([*map(_POINTER, tensors)])] = made or _ORDINARY
         return outputs
 
     def _rehearse(
@@ -204,7 +195,7 @@ def _differ_only_in(expected: dict[str, float], a: Launch, b: Launch) -> bool:
 
 _PROBES = (0.0, 1.0, -1.0, 1e-9, 1e9)  # what a branch would tell apart
 _POINTER: Callable[[Tensor], int] = Tensor.data_ptr
-_ORDINARY = "ordinary"
+_SEEN_ONCE, _ORDINARY = "seen once", "ordinary"
 
 
 class Plan(NamedTuple):
@@ -218,8 +209,8 @@ class Plan(NamedTuple):
     gpu: int | None  # None where there is none
     allocate: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
     fresh: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # what to allocate
-    absent: tuple[Tensor, ...]  # outputs without elements: there is nothing to tell them apart by
-    outputs: Callable[[list[Tensor]], Any]  # picks from what was allocated and is absent
+    absent: tuple[Tensor, ...]  # outputs without elements, which nothing can be written to
+    outputs: Callable[[list[Tensor]], Any]  # picks them from what was allocated and is absent
     offsets: tuple[tuple[int, int], ...]  # a pointer's place in the list, bytes to add
     constants: tuple[Any, ...]
     tuples: tuple[Picker, ...]
@@ -247,60 +238,11 @@ class Plan(NamedTuple):
         return self.outputs(fresh)
 
 
-class Signature:
-    """What a call's launches follow from, beside its kind, its flags and x's shape."""
-
-    __slots__ = ("holds", "misalignment", "plan")
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.holds = _guard(tensors)
-        if not self.holds(*tensors):  # PyTorch's guards take no tensor twice
-            each = [_guard((t,)) for t in tensors]
-            self.holds = lambda *tensors: all(holds(t) for holds, t in zip(each, tensors))
-        self.misalignment = misalignment([*map(_POINTER, tensors)])
-        self.plan: Plan | str | None = None
-
-
-def _guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
-    """Return what tells whether tensors are like these in all but their memory.
-
-    That is in type, shape, strides, dtype, device and in what PyTorch's dispatcher makes of them.
-    """
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-
-
-def misalignment(pointers: list[int]) -> tuple[int, ...]:
+def misalignment(pointers: Sequence[int]) -> tuple[int, ...]:
     """Return how far each pointer is from where the JIT calls it aligned, () if all are there."""
     if gcd(ALIGNMENT, *pointers) == ALIGNMENT:
         return ()
     return tuple(pointer % ALIGNMENT for pointer in pointers)
-
-
-class Kind:
-    """The calls whose arguments have certain types: where in them what is, and what is known."""
-
-    def __init__(self, args: tuple[Any, ...], floats_decide: bool) -> None:
-        self.signatures: dict[tuple[Any, ...], list[Signature]] = {}
-        is_float = [isinstance(a, float) and not floats_decide for a in args]
-        self.float_places = [i for i, found in enumerate(is_float) if found]
-        self.floats = slicer(self.float_places)
-        self.tensors = slicer([i for i, a in enumerate(args) if isinstance(a, Tensor)])
-        rest = [
-            i
-            for i, a in enumerate(args)
-            if not (a is None or isinstance(a, Tensor) or is_float[i])
-        ]
-        self.rest = slicer(rest)
-        if list in map(type, args):
-            self.rest = lambda args: tuple(
-                tuple(args[i]) if isinstance(args[i], list) else args[i] for i in rest
-            )
-
-    def note(self, args: tuple[Any, ...]) -> None:
-        """Make a signature for calls like this one."""
-        tensors = self.tensors(args)
-        key = (tensors[0].shape, *self.rest(args))
-        self.signatures.setdefault(key, []).append(Signature(tensors))
 
 
 class _Constant(NamedTuple):
@@ -325,14 +267,18 @@ def make_plan(
     """
     returned = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     used = [v for launch, _ in launches for _, v in leaves(launch.arguments) if _is_tensor(v)]
-    found = _origins([*tensors, *returned], used)
+    absent = [t for t in returned if not t.numel() and id(t) not in map(id, used)]
+    present = [t for t in returned if id(t) not in map(id, absent)]
+    found = _origins([*tensors, *present], used)
     if found is None or not all(isinstance(binary, CompiledKernel) for _, binary in launches):
         return None
     origins, scratch = found
-    fresh = [(tuple(t.shape), t.stride(), t.dtype) for t in returned]
+    device = returned[0].device
+    fresh = [(tuple(t.shape), t.stride(), t.dtype) for t in present]
     if scratch:
         fresh.append(((scratch,), (1,), torch.uint8))
-    device = returned[0].device
+    order = [id(t) for t in present] + [0] * bool(scratch) + [id(t) for t in absent]
+    pick_outputs = picker([order.index(id(t)) for t in returned])
 
     first_float = 1 + len(tensors) + len(fresh)
     offsets = sorted({origin for origin in origins.values() if origin[1]})
@@ -380,8 +326,8 @@ def make_plan(
         gpu=device.index if device.type == "cuda" else None,
         allocate=_ALLOCATE[device.type],
         fresh=tuple(fresh),
-        absent=(),
-        outputs=itemgetter(0) if isinstance(outputs, Tensor) else picker(range(len(returned))),
+        absent=tuple(absent),
+        outputs=itemgetter(0) if isinstance(outputs, Tensor) else pick_outputs,
         offsets=tuple((1 + base, offset) for base, offset in offsets),
         constants=tuple(constants),
         tuples=tuple(tuples),
@@ -483,11 +429,3 @@ def picker(places: Sequence[int]) -> Picker:
     if len(places) > 1:
         return itemgetter(*places)
     return lambda values: tuple(values[i] for i in places)
-
-
-def slicer(places: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Return what `picker` does, for tuples only, and as fast for less than two places."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    start = places[0] if places else 0
-    return itemgetter(slice(start, start + len(places)))
