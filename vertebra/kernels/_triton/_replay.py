@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from itertools import starmap
 from math import gcd
 from operator import itemgetter
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
@@ -301,6 +303,7 @@ def make_plan(
                 return parts
         return constant(value)
 
+    entries: list[Callable[..., None]] = []
     trees: list[list[Any]] = []
     for (launch, binary), places in zip(launches, scalars):
         grid = (*launch.grid, 1, 1)[:3]
@@ -308,7 +311,10 @@ def make_plan(
         given = (launch.arguments.get(p.name, p.default) for p in launch.kernel.params)
         named = zip(given, (f".{p.name}" for p in launch.kernel.params))
         tree = [*map(constant, grid), 0, *map(constant, head)]
-        trees.append(tree + [place(value, path, places) for value, path in named])
+        tree += [place(value, path, places) for value, path in named]
+        enter, handed = entry(binary.run, len(tree))
+        entries.append(enter)
+        trees.append(_substituted(handed, tree, constant))
 
     first_constant = first_float + floats + len(offsets)
     tuples: list[Picker] = []
@@ -331,10 +337,43 @@ def make_plan(
         offsets=tuple((1 + base, offset) for base, offset in offsets),
         constants=tuple(constants),
         tuples=tuple(tuples),
-        launches=tuple((binary.run, pick) for (_, binary), pick in zip(launches, picks)),
+        launches=tuple(zip(entries, picks)),
         binaries=tuple(binary for _, binary in launches),
         pre_run_hooks=tuple(launch.kernel.pre_run_hooks for launch, _ in launches),
     )
+
+
+class _Argument(NamedTuple):
+    index: int
+
+
+def entry(run: Callable[..., None], count: int) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return what a binary's launcher calls, and with what: its own arguments, by index, and more.
+
+    Triton's launcher for CUDA is Python around a function in C, and does no more than allocate
+    scratch where a kernel asks for it, and put what it was given in order: that is seen here once.
+    """
+    arguments = tuple(map(_Argument, range(count)))
+    if not isinstance(run, CudaLauncher) or run.global_scratch_size or run.profile_scratch_size:
+        return run, arguments
+    seen: list[tuple[Any, ...]] = []
+    double = copy(run)
+    double.launch = lambda *handed: seen.append(handed)
+    double(*arguments)
+    return run.launch, seen[0]
+
+
+def _substituted(handed: Any, tree: list[Any], constant: Callable[[Any], _Constant]) -> list[Any]:
+    """Return a launch's arguments: nodes of `tree`, constants, and lists of these for tuples."""
+
+    def node(value: Any) -> Any:
+        if isinstance(value, _Argument):
+            return tree[value.index]
+        if isinstance(value, tuple) and any(isinstance(v, _Argument) for v in value):
+            return _substituted(value, tree, constant)
+        return constant(value)
+
+    return [node(value) for value in handed]
 
 
 def _origins(
