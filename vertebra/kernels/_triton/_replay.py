@@ -1,10 +1,10 @@
 """Replaying: what an op's implementation does, done again without being decided again.
 
 An implementation allocates its outputs and launches kernels. What it launches follows from its
-arguments' *signature*: shapes, strides, types, devices, which are None, how pointers are aligned,
-flags and names. When a signature comes a second time, its launches are recorded, each with the
-binary that Triton's JIT chose for it; from the third call on a `Plan` is carried out: allocate,
-fill in the pointers and the floats, launch. Nothing is picked, bound, specialised or looked up.
+call's *signature* (`_signature`) and from how its pointers are aligned. When both come a second
+time, the launches are recorded, each with the binary that Triton's JIT chose for it; from the third
+call on a `Plan` is carried out: allocate, fill in the pointers and the floats, launch. Nothing is
+picked, bound, specialised or looked up.
 
 A plan knows every tensor that a launch takes by where its memory comes from: an argument of the op,
 an output, or scratch, which it allocates in one piece; views of these are an offset away.
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
@@ -53,8 +53,11 @@ _ALLOCATIONS = frozenset(
     )
 )
 
-# what Inductor allocates with: half of what torch.empty costs
-_ALLOCATE = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
+# what Inductor's code allocates with, on the current device: a third faster than torch.empty_like
+_ALLOCATE: dict[str, Callable[..., Tensor]] = {
+    "cpu": guards._empty_strided_cpu,  # pyright: ignore
+    "cuda": guards._empty_strided_cuda,  # pyright: ignore
+}
 
 Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 Scalars = list[dict[str, int]]

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack as _modes
 from torch._C._dynamo.guards import TensorGuards
 
 MAX_SIGNATURES = 4096  # of one op: a network has tens; more only where image sizes vary
+
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # pyright: ignore
 
 
 class Signature:
