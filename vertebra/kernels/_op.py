@@ -119,7 +119,7 @@ class Op:
     """One contract and its two implementations, all with the same positional arguments.
 
     `check` raises for arguments that break the contract, by their types, shapes, devices and flags
-    alone: a call that replays an earlier one (`_triton._replay`) has passed it already.
+    alone: a call of the signature of an earlier one (`_triton._signature`) has passed it already.
     """
 
     name: str
