@@ -15,13 +15,10 @@ from collections.abc import Callable, Generator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ._triton._signature import Signatures
 
 __all__ = [
     "INTERPRETED",
@@ -153,7 +150,7 @@ class Op:
         return _repeated(self._run)
 
     @cached_property
-    def _passed(self) -> Signatures:
+    def _passed(self) -> Any:
         """The signatures of calls with gradients that passed the check and are not refused."""
         from ._triton._signature import Signatures
 
