@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vertebra.kernels import (
+    backend,
     batch_norm_act,
     batch_norm_act_pool,
     drop_path_add,
@@ -54,6 +55,25 @@ def test_bad_input(op, name: str) -> None:
         op(**arguments)
     assert torch.equal(mean, VECTOR)
     assert torch.equal(var, VECTOR)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_after_good(name: str, device: torch.device) -> None:
+    """Checks are passed once by calls that are alike, and only by those."""
+    changed, error, words = BAD[name]
+    x = torch.randn(2, C, 4, 5, device=device, requires_grad=True)
+    vector = VECTOR.to(device)
+    good = {"x": x, "scale": vector, "bias": vector.clone(), "residual": x.detach()}
+    good |= {"mean": vector.clone(), "var": vector.clone()}
+    for _ in range(2):
+        scale_bias_act(**good)
+    with pytest.raises(error, match=f"scale_bias_act: .*{words}"):
+        scale_bias_act(**(good | changed))
+    with pytest.raises(ValueError, match="both mean and var"):
+        scale_bias_act(**(good | {"var": None}))
+    strided = torch.stack([vector, vector], 1)[:, 0]
+    with backend("triton"), pytest.raises(NotImplementedError, match="not contiguous"):
+        scale_bias_act(**(good | {"bias": strided}))
 
 
 OF_LAYER_NORM = [name for name, (changed, *_) in BAD.items() if {*changed} & {"x", "bias", "eps"}]

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,11 +19,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
-from triton.compiler import CompiledKernel
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.compiler import CompiledKernel, LazyDict
+from triton.runtime.driver import driver
 
 from vertebra.kernels import _op, _triton
-from vertebra.kernels._triton import _replay
+from vertebra.kernels._triton import _replay, _signature
 from vertebra.kernels._triton._launch import captured, launch
 from vertebra.kernels._triton._replay import Plan, Replay
 from vertebra.kernels._triton._stand_in import stand_in
@@ -180,7 +183,7 @@ def assert_replayed(ordinary, replayed) -> None:
 
 
 def _plans() -> list[Plan | str]:
-    return [plan for replay in _replay._replays for plan in replay.plans.values()]
+    return [plan for replay in _replay._replays for plan in replay.plans]
 
 
 @triton.jit
@@ -197,10 +200,6 @@ def scale(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
     return y
 
 
-ONLOOKERS = SimpleNamespace(depth=0)
-TYPES = ("Tensor", "Optional[Tensor]", "float", "str")
-
-
 def agree(replay: Replay, *args: Any, times: int = 3) -> None:
     """Require of each of some calls that it launches what the implementation would."""
     for _ in range(times):
@@ -210,7 +209,7 @@ def agree(replay: Replay, *args: Any, times: int = 3) -> None:
 
 @jitted
 def test_whatever_a_binary_depends_on_is_told_apart() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     memory = torch.zeros(4096)
     x, bias = memory[:64], torch.zeros(64)
     variants = [
@@ -229,18 +228,20 @@ def test_whatever_a_binary_depends_on_is_told_apart() -> None:
     for _ in range(3):
         for variant in variants:
             agree(replay, *variant, 1.0, "none", times=1)
-    assert [type(plan) for plan in replay.plans.values()] == [Plan] * (len(variants) - 1)
+    assert [type(plan) for plan in replay.plans] == [Plan] * (len(variants) - 1)
     agree(replay, x, bias, 1.0, "relu")
     assert len(replay.plans) == len(variants)
 
 
 @jitted
 def test_floats_are_handed_on_not_kept() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
     for factor in (0.3, 0.3, 0.3, 0.5, 1.0, 0.0, 0.40625, float("inf")):
         agree(replay, x, None, factor, "none", times=1)
-    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+    assert [type(plan) for plan in replay.plans] == [Plan]
+    agree(replay, x, None, 1, "none")  # Triton makes the integer 1 a constant
+    agree(replay, x, None, 0.3, "none")
 
 
 @jitted
@@ -253,11 +254,11 @@ def test_floats_that_decide_belong_to_the_signature() -> None:
 
     x = torch.zeros(64)
     for implementation in (inverse, chosen):
-        replay = Replay(implementation, TYPES, ONLOOKERS)
+        replay = Replay(implementation, _op.is_plain, _op._watching)
         for _ in range(4):
             for factor in (0.5, 0.25):
                 agree(replay, x, x, factor, "none", times=1)
-        assert [type(plan) for plan in replay.plans.values()] == [Plan, Plan]
+        assert [type(plan) for plan in replay.plans] == [Plan, Plan]
 
 
 @jitted
@@ -265,21 +266,21 @@ def test_what_computes_besides_is_not_replayed() -> None:
     def doubled(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x * 2, bias, factor, name)
 
-    replay = Replay(doubled, TYPES, ONLOOKERS)
+    replay = Replay(doubled, _op.is_plain, _op._watching)
     x = torch.zeros(64)
     for _ in range(4):
         ordinary = launches(replay, x, x, 1.0, "none")[1]
         assert isinstance(ordinary[0][11], Tensor)
-    assert not any(isinstance(plan, Plan) for plan in replay.plans.values())
+    assert not any(isinstance(plan, Plan) for plan in replay.plans)
 
 
 @jitted
 def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     x, other = torch.zeros(64), torch.zeros(64)
     for _ in range(3):
         launches(replay, x, x, 1.0, "none")
-    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+    assert [type(plan) for plan in replay.plans] == [Plan]
     agree(replay, x, other, 1.0, "none")
 
 
@@ -288,18 +289,18 @@ def test_views_of_arguments_move_with_them() -> None:
     def second_half(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x[32:], bias, factor, name)
 
-    replay = Replay(second_half, TYPES, ONLOOKERS)
+    replay = Replay(second_half, _op.is_plain, _op._watching)
     for _ in range(4):
         x = torch.zeros(64)
         _, (launched,) = launches(replay, x, None, 1.0, "none")
         assert _pointer(launched[11]) == x[32:].data_ptr()
-    assert [type(plan) for plan in replay.plans.values()] == [Plan]
+    assert [type(plan) for plan in replay.plans] == [Plan]
 
 
 @jitted
 def test_signatures_are_bounded_and_forgotten() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
-    with patch.object(_replay, "MAX_SIGNATURES", 4):
+    replay = Replay(scale, _op.is_plain, _op._watching)
+    with patch.object(_signature, "MAX_SIGNATURES", 4):
         for _, size in itertools.product(range(3), range(8, 20)):
             agree(replay, torch.zeros(size), None, 1.0, "none", times=1)
             assert len(replay.plans) <= 4
@@ -309,7 +310,7 @@ def test_signatures_are_bounded_and_forgotten() -> None:
 
 @jitted
 def test_who_watches_launches_sees_them() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
     agree(replay, x, None, 1.0, "none")
 
@@ -332,8 +333,113 @@ def test_who_watches_launches_sees_them() -> None:
 
 
 @jitted
+def test_what_pytorch_does_not_just_run_is_not_replayed() -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    class Subclass(Tensor):
+        pass
+
+    replay = Replay(scale, _op.is_plain, _op._watching)
+    x, bias = torch.zeros(64), torch.zeros(64)
+    known: list[bool] = []
+
+    def look(y: Tensor, found: Tensor = x) -> Tensor:
+        known.append(replay._signatures.find((found, bias, 1.0, "none")) is not None)
+        return y
+
+    agree(replay, x, bias, 1.0, "none")
+    look(x)
+    assert known == [True]
+    for _ in range(3):
+        with Mode():
+            agree(replay, x, bias, 1.0, "none", times=1)
+            look(x)
+        for other in (x.as_subclass(Subclass), torch._neg_view(x)):
+            agree(replay, other, bias, 1.0, "none", times=1)
+            look(x, other)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            look(x)
+        torch.func.vmap(look)(torch.zeros(2, 64))
+        torch.func.vmap(lambda y: look(y, y))(torch.zeros(2, 64))
+        torch.func.grad(lambda y: look(y).sum())(x)
+    assert not any(known[1:])
+    assert [type(plan) for plan in replay.plans] == [Plan]
+    with torch.inference_mode():
+        agree(replay, x, bias, 1.0, "none")
+    with torch.autocast("cpu"):
+        agree(replay, x, bias, 1.0, "none")
+    agree(replay, torch.nn.Parameter(x), bias, 1.0, "none")
+    assert [type(plan) for plan in replay.plans] == [Plan] * 4
+
+
+@jitted
+def test_the_stream_is_the_current_one() -> None:
+    replay = Replay(scale, _op.is_plain, _op._watching)
+    x = torch.zeros(64)
+    agree(replay, x, None, 1.0, "none")
+    with patch.object(driver.active, "get_current_stream", lambda _: 7):
+        ((_, *launched),) = launches(replay, x, None, 1.0, "none")[1]
+    assert launched[3] == 7
+
+
+@jitted
+def test_the_launcher_is_seen_through() -> None:
+    """The function in C gets from a plan what Triton's launcher would hand on to it."""
+
+    class Launched(Binary):
+        scratch = 0
+
+        def __init__(self, source, **options) -> None:
+            super().__init__(source, **options)
+            run: Any = object.__new__(CudaLauncher)  # whose __init__ asks for the driver
+            run.launch = lambda *args: LAUNCHED.append(args)
+            run.arg_annotations, run.kernel_signature = ["an annotation"], b"a signature"
+            run.num_ctas, run.launch_cooperative_grid, run.launch_pdl = 1, False, True
+            run.global_scratch_size, run.global_scratch_align = self.scratch, 128
+            run.profile_scratch_size, run.profile_scratch_align = 0, 1
+            self._run = run
+
+    allocated: list[int] = []
+    triton.set_allocator(lambda size, *_: allocated.append(size))
+    x, bias = torch.zeros(64), torch.zeros(64)
+    for Launched.scratch, name in ((0, "none"), (256, "relu")):
+        _scale_kernel.device_caches.clear()
+        assert _scale_kernel.device_caches[0]  # creates what the next line replaces
+        _scale_kernel.compile = Launched
+        replay = Replay(scale, _op.is_plain, _op._watching)
+        ordinary, _, _, replayed = (
+            [*_flat(launches(call, x, bias, 0.3, name)[1][0])] for call in (scale, *[replay] * 3)
+        )
+        assert [type(plan) for plan in replay.plans] == [Plan]
+        for mine, other in zip(ordinary, replayed, strict=True):
+            if isinstance(mine, knobs.HookChain | LazyDict):  # hooks, of which there are none
+                assert other is None
+                continue
+            assert type(other) is type(_pointer(mine))
+            if not isinstance(mine, Tensor) or mine is x or mine is bias:
+                assert other == _pointer(mine)
+    assert allocated == [512] * 4
+
+
+@jitted
+def test_outputs_without_elements_are_allocated_once() -> None:
+    def with_nothing(x: Tensor, bias: Tensor | None, factor: float, name: str):
+        nothing, y, more = x.new_empty(0), scale(x, bias, factor, name), x.new_empty(2, 0)
+        return nothing, y, more
+
+    replay = Replay(with_nothing, _op.is_plain, _op._watching)
+    x = torch.zeros(64)
+    agree(replay, x, None, 1.0, "none")
+    first, second = (replay(x, None, 1.0, "none") for _ in range(2))
+    assert [tuple(t.shape) for t in first] == [(0,), (64,), (2, 0)]
+    assert [a is b for a, b in zip(first, second, strict=True)] == [True, False, True]
+
+
+@jitted
 def test_threads_do_not_share_a_call() -> None:
-    replay = Replay(scale, TYPES, ONLOOKERS)
+    replay = Replay(scale, _op.is_plain, _op._watching)
     wrong: list[int] = []
 
     def work(size: int) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -117,7 +116,7 @@ class Op:
     """One contract and its two implementations, all with the same positional arguments.
 
     `check` raises for arguments that break the contract, by their types, shapes, devices and flags
-    alone: a call that replays an earlier one (`_triton._replay`) has passed it already.
+    alone: a call of the signature of an earlier one (`_triton._signature`) has passed it already.
     """
 
     name: str
@@ -129,23 +128,33 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         x = args[0]
-        if isinstance(x, Tensor) and (x.is_cuda or INTERPRETED) and self._replays(args):
-            return self._replay(*args)
-        return self._run(*args)
-
-    def _replays(self, args: tuple[Any, ...]) -> bool:
-        """Return whether the call is one that a plan may answer."""
-        return (
-            is_plain(args)
+        if (
+            isinstance(x, Tensor)
+            and (x.is_cuda or INTERPRETED)
             and _forced != "eager"
             and _observer is None
-            and not wants_grad(*(a for a in args if isinstance(a, Tensor)))
-        )
+            and not torch.compiler.is_compiling()
+        ):
+            if not (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+                return self._replay(*args)
+            if self._passed.find(args) is not None:
+                return self.triton(*args)
+            if is_plain(args):
+                self.check(*args)
+                if self.refuses(*args) is None:
+                    self._passed.note(args)
+        return self._run(*args)
 
     @cached_property
     def _replay(self) -> Callable[..., Any]:
-        registered = getattr(torch.ops.vertebra, self.name).default
-        return _Replaying(registered, self._run, len(signature(self.eager).parameters))
+        return _repeated(self._run)
+
+    @cached_property
+    def _passed(self) -> Any:
+        """The signatures of calls with gradients that passed the check and are not refused."""
+        from ._triton._signature import Signatures
+
+        return Signatures()
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
@@ -208,7 +217,7 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     def register(impl: Callable[..., Any]) -> Registered:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         registered = Registered(getattr(torch.ops.vertebra, name).default, impl)
-        _library.impl(name, _Replaying(registered.op, impl), "CompositeExplicitAutograd")
+        _library.impl(name, registered.dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vertebra::{name}", fake, lib=_library)
         return registered
 
@@ -220,35 +229,39 @@ class Registered:
 
     def __init__(self, op: Any, impl: Callable[..., Any]) -> None:
         self.op = op
-        self._direct = _Replaying(op, impl)
+        self._impl = self._direct = impl
 
     def __call__(self, *args: Any) -> Any:
-        return self._direct(*args) if is_plain(args) else self.op(*args)
+        return self.op(*args) if torch.compiler.is_compiling() else self._replay(*args)
 
     def in_place(self, impl: Callable[..., Any]) -> Callable[..., Any]:
         """Make `impl` what plain eager calls run, which may write to arguments of the op."""
-        self._direct = _Replaying(self.op, impl)
+        self._direct = impl
         return impl
 
+    def dispatched(self, *args: Any) -> Any:
+        """Run for PyTorch's dispatcher."""
+        return self._dispatched_replay(*args)
 
-class _Replaying:
-    """An implementation as repeated by `_triton._replay`, which the first call imports.
+    def _run(self, *args: Any) -> Any:
+        return self._direct(*args) if is_plain(args) else self.op(*args)
 
-    It takes the arguments of the registered `op`, or the first `count` of them.
-    """
+    @cached_property
+    def _replay(self) -> Callable[..., Any]:
+        return _repeated(self._run)
 
-    def __init__(self, op: Any, impl: Callable[..., Any], count: int | None = None) -> None:
-        self._op, self._impl, self._count = op, impl, count
-        self._replay: Callable[..., Any] | None = None
+    @cached_property
+    def _dispatched_replay(self) -> Callable[..., Any]:
+        return _repeated(self._impl)
 
-    def __call__(self, *args: Any) -> Any:
-        if self._replay is None:
-            from ._triton._replay import Replay
 
-            arguments = self._op._schema.arguments[: self._count]
-            types = [str(argument.type) for argument in arguments]
-            self._replay = Replay(self._impl, types, _watching)
-        return self._replay(*args)
+def _repeated(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `implementation` as repeated by `_triton._replay`, which the first call imports."""
+    if not _TRITON_INSTALLED:
+        return implementation
+    from ._triton._replay import repeated
+
+    return repeated(implementation, is_plain, _watching)
 
 
 class _Watching(threading.local):
@@ -257,7 +270,7 @@ class _Watching(threading.local):
 
 _watching = _Watching()  # how many dispatch modes of ours see this thread's work and leave it be
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple}
+_PLAIN = {Tensor, torch.nn.Parameter, torch.Size, type(None), bool, int, float, str, list, tuple}
 
 
 def is_plain(args: tuple[Any, ...]) -> bool:
@@ -280,6 +293,14 @@ def sums_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _requires_grad(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Return whether autograd will ask for a gradient of any of `tensors`."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False

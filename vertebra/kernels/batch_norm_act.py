@@ -177,7 +177,7 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, weight, bias, residual, *_, act = args
         y, mean, rstd, new_mean, new_var = _forward(*args)
         # beside x: what tells act'(z) where x alone does not
@@ -189,12 +189,14 @@ class _BatchNormAct(torch.autograd.Function):
             *(weight, bias, mean, rstd),
         )
         ctx.act = act
+        if not new_mean.numel():
+            return y, None, None
         ctx.mark_non_differentiable(new_mean, new_var)
         return y, new_mean, new_var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, y, residual, weight, bias, mean, rstd = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:4]
         dx, dresidual, dweight, dbias = _backward(
@@ -216,7 +218,7 @@ def _triton(*args: Any) -> Tensor:
         y, new_mean, new_var = _BatchNormAct.apply(*args)
     else:
         y, _, _, new_mean, new_var = _forward(*args)
-    if new_mean.numel():
+    if new_mean is not None and new_mean.numel():
         # the op itself mutates nothing; one multi-tensor copy publishes the new statistics
         torch._foreach_copy_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             args[4:6], [new_mean, new_var]

@@ -206,7 +206,7 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 class _BatchNormActPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, weight, bias, running_mean, running_var, training, _, eps, act = args
         needs_at, needs_peak = _needs(training, *ctx.needs_input_grad[:3])
         y, at, peak, mean, rstd, new_mean, new_var = _forward(*args, needs_at, needs_peak)
@@ -219,12 +219,14 @@ class _BatchNormActPool(torch.autograd.Function):
             rstd if training else running_var,
         )
         ctx.training, ctx.eps, ctx.act = training, eps, act
+        if not new_mean.numel():
+            return y, None, None
         ctx.mark_non_differentiable(new_mean, new_var)
         return y, new_mean, new_var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, at, peak, weight, bias, mean, spread = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         dx, dweight, dbias = _backward(
@@ -254,7 +256,7 @@ def _triton(*args: Any) -> Tensor:
         y, new_mean, new_var = _BatchNormActPool.apply(*args)
     else:
         y, _, _, _, _, new_mean, new_var = _forward(*args, False, False)
-    if new_mean.numel():
+    if new_mean is not None and new_mean.numel():
         # the op itself mutates nothing; one multi-tensor copy publishes the new statistics
         torch._foreach_copy_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             args[3:5], [new_mean, new_var]

@@ -49,14 +49,9 @@ def captured() -> Generator[list[Launch]]:
         _capture = outer
 
 
-def capturing() -> bool:
-    """Return whether launches are looked at instead of run."""
-    return _capture is not None
-
-
-def recording() -> bool:
-    """Return whether this thread's launches are being recorded."""
-    return _record.launches is not None
+def observed() -> bool:
+    """Return whether launches are looked at instead of run, or this thread's are recorded."""
+    return _capture is not None or _record.launches is not None
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """Replaying: what an op's implementation does, done again without being decided again.
 
 An implementation allocates its outputs and launches kernels. What it launches follows from its
-arguments' *signature*: shapes, strides, types, devices, which are None, how pointers are aligned,
-flags and names. When a signature comes a second time, its launches are recorded, each with the
-binary that Triton's JIT chose for it; from the third call on a `Plan` is carried out: allocate,
-fill in the pointers and the floats, launch. Nothing is picked, bound, specialised or looked up.
+call's *signature* (`_signature`) and from how its pointers are aligned. When both come a second
+time, the launches are recorded, each with the binary that Triton's JIT chose for it; from the third
+call on a `Plan` is carried out: allocate, fill in the pointers and the floats, launch. Nothing is
+picked, bound, specialised or looked up.
 
 A plan knows every tensor that a launch takes by where its memory comes from: an argument of the op,
 an output, or scratch, which it allocates in one piece; views of these are an offset away.
@@ -20,23 +20,26 @@ and instrumentation modes, a view of one of two arguments that share memory.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
-from operator import is_, itemgetter
+from copy import copy
+from itertools import starmap
+from math import gcd
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from ._launch import Launch, capturing, recorded, recording
+from ._launch import Launch, observed, recorded
+from ._signature import Found, Signatures
 
-MAX_SIGNATURES = 4096  # of one op: a network has tens; more only where image sizes vary
 ALIGNMENT = 16  # bytes: what the JIT asks of a pointer; torch allocates at multiples of 64 and more
 _SCRATCH_ALIGNMENT = 256
 
@@ -50,6 +53,12 @@ _ALLOCATIONS = frozenset(
     )
 )
 
+# what Inductor's code allocates with, on the current device: a third faster than torch.empty_like
+_ALLOCATE: dict[str, Callable[..., Tensor]] = {
+    "cpu": guards._empty_strided_cpu,  # pyright: ignore
+    "cuda": guards._empty_strided_cuda,  # pyright: ignore
+}
+
 Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 Scalars = list[dict[str, int]]
 """Launch by launch, which of the op's floats is the argument at a path."""
@@ -60,83 +69,90 @@ _replays: list[Replay] = []
 def forget() -> None:
     """Drop every plan, as whoever replaces a kernel or what its launcher calls has to."""
     for replay in _replays:
-        replay.plans.clear()
+        replay.forget()
+
+
+def repeated(
+    implementation: Callable[..., Any], is_plain: Callable[[tuple[Any, ...]], bool], watching: Any
+) -> Callable[..., Any]:
+    """Return `implementation`, replayed where kernels are compiled."""
+    if knobs.runtime.interpret:
+        return implementation
+    return Replay(implementation, is_plain, watching)
 
 
 class Replay:
     """An op's implementation, repeated by plans.
 
-    `types` are its schema's, in order; `watching.depth` counts the modes that only look on.
+    `is_plain` tells whether PyTorch just runs what a call asks for; `watching.depth` counts the
+    modes that only look on.
     """
 
     def __init__(
-        self, implementation: Callable[..., Any], types: Sequence[str], watching: Any
+        self,
+        implementation: Callable[..., Any],
+        is_plain: Callable[[tuple[Any, ...]], bool],
+        watching: Any,
     ) -> None:
-        self.plans: dict[tuple[Any, ...], Plan | str] = {}
-        self._implementation, self._watching = implementation, watching
-        self._tensors = picker([i for i, t in enumerate(types) if t in _TENSORS])
-        self._float_places = [i for i, t in enumerate(types) if t == "float"]
-        self._floats = picker(self._float_places)
-        self._lists = picker([i for i, t in enumerate(types) if t == "List[int]"])
-        keyed = (*_TENSORS, "float", "List[int]")
-        self._rest = picker([i for i, t in enumerate(types) if t not in keyed])
-        self._floats_decide = False
+        self._implementation, self._is_plain, self._watching = implementation, is_plain, watching
+        self._signatures = Signatures()
         _replays.append(self)
 
     def __call__(self, *args: Any) -> Any:
         """Return what the implementation would."""
-        if _is_watched():
-            return self._implementation(*args)
-        floats = self._floats(args)
-        maybe = self._tensors(args)
-        tensors = [t for t in maybe if t is not None]
-        pointers = [t.data_ptr() for t in tensors]
-        key = (
-            *self._rest(args),
-            *map(tuple, self._lists(args)),
-            *map(is_, maybe, repeat(None)),
-            *map(_SHAPE, tensors),
-            *map(_STRIDE, tensors),
-            *map(_DTYPE, tensors),
-            *map(_DEVICE, tensors),
-            *map(_MISALIGNMENT, pointers),
-            *(floats if self._floats_decide else ()),
-        )
-        plan = self.plans.get(key)
+        found = self._signatures.find(args)
+        if found is None or _is_watched():
+            return self._meet(args)
+        signature, kind, tensors = found
+        pointers = [*map(_POINTER, tensors)]
+        plan = signature.plans.get(misalignment(pointers))
         if isinstance(plan, Plan) and not any(plan.pre_run_hooks):
-            return plan.run(pointers, floats)
-        if plan is None:
-            if len(self.plans) >= MAX_SIGNATURES:
-                self.plans.clear()
-            self.plans[key] = _SEEN_ONCE
-        elif plan is _SEEN_ONCE:
-            return self._record(key, args)
+            return plan.run(pointers, kind.floats(args))
+        if plan is _SEEN_ONCE:
+            return self._record(found, args)
+        return self._meet(args) if plan is None else self._implementation(*args)
+
+    @property
+    def plans(self) -> list[Plan | str]:
+        """What to do about each signature."""
+        return [plan for signature in self._signatures for plan in signature.plans.values()]
+
+    def forget(self) -> None:
+        """Drop every plan."""
+        self._signatures.clear()
+
+    def _meet(self, args: tuple[Any, ...]) -> Any:
+        """Run the implementation on a call of which nothing is known, and note its signature."""
+        if self._is_plain(args) and not _is_watched():
+            signature, _, tensors = self._signatures.note(args)
+            signature.plans[misalignment([*map(_POINTER, tensors)])] = _SEEN_ONCE
         return self._implementation(*args)
 
-    def _record(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    def _record(self, found: Found, args: tuple[Any, ...]) -> Any:
         # one tensor passed twice becomes two: they need not be one the next time
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         with _Watch(self._watching) as watch, recorded() as launches:
             outputs = self._implementation(*args)
-        scalars = self._rehearse(args, [launch for launch, _ in launches])
+        signature, kind, tensors = found
+        scalars = self._rehearse(kind.float_places, args, [launch for launch, _ in launches])
         if scalars is None:
-            self._floats_decide = True
-            self.plans.clear()
+            self._signatures = Signatures(with_floats=True)
             return outputs
-        tensors = [a for a in args if isinstance(a, Tensor)]
         made = None
         if not watch.computes:
-            made = make_plan(tensors, outputs, launches, scalars, len(self._float_places))
-        self.plans[key] = made or _ORDINARY
+            floats = len(kind.float_places)
+            made = make_plan(kind.tensors(args), outputs, launches, scalars, floats)
+        signature.plans[misalignment([*map(_POINTER, tensors)])] = made or _ORDINARY
         return outputs
 
-    def _rehearse(self, args: tuple[Any, ...], launches: list[Launch]) -> Scalars | None:
+    def _rehearse(
+        self, places: list[int], args: tuple[Any, ...], launches: list[Launch]
+    ) -> Scalars | None:
         """Return where the launches take the op's floats; None if more follows from those."""
-        places = self._float_places
-        if not places or self._floats_decide:
+        if not places:
             return [{} for _ in launches]
         names = [0.40625 + 0.001 * i for i in range(len(places))]  # one for each, to know it by
-        first = self._launches_with(names, args)
+        first = self._launches_with(dict(zip(places, names)), args)
         if first is None:
             return None
         scalars = [
@@ -145,7 +161,8 @@ class Replay:
         ]
         mine = [args[place] for place in places]
         for values in (mine, *([probe] * len(places) for probe in _PROBES)):
-            found = launches if values is mine else self._launches_with(values, args)
+            changed = dict(zip(places, values))
+            found = launches if values is mine else self._launches_with(changed, args)
             if found is None or len(found) != len(first):
                 return None
             for launch, like, handed in zip(found, first, scalars):
@@ -154,11 +171,12 @@ class Replay:
                     return None
         return scalars
 
-    def _launches_with(self, floats: list[float], args: tuple[Any, ...]) -> list[Launch] | None:
-        changed = dict(zip(self._float_places, floats))
+    def _launches_with(
+        self, floats: dict[int, float], args: tuple[Any, ...]
+    ) -> list[Launch] | None:
         try:
             with recorded(runs=False) as rehearsed:
-                self._implementation(*(changed.get(i, a) for i, a in enumerate(args)))
+                self._implementation(*(floats.get(i, a) for i, a in enumerate(args)))
         except (ArithmeticError, ValueError):
             return None  # it computes with them
         return [launch for launch, _ in rehearsed]
@@ -181,12 +199,7 @@ def _differ_only_in(expected: dict[str, float], a: Launch, b: Launch) -> bool:
 
 
 _PROBES = (0.0, 1.0, -1.0, 1e-9, 1e9)  # what a branch would tell apart
-_TENSORS = ("Tensor", "Optional[Tensor]")
-# mapped over tensors: half of what attributes and methods cost in a loop
-_SHAPE: Callable[[Tensor], Any] = inspect.getattr_static(Tensor, "shape").__get__
-_DTYPE: Callable[[Tensor], Any] = inspect.getattr_static(Tensor, "dtype").__get__
-_STRIDE, _DEVICE = Tensor.stride, Tensor.get_device
-_MISALIGNMENT = (ALIGNMENT - 1).__and__
+_POINTER: Callable[[Tensor], int] = Tensor.data_ptr
 _SEEN_ONCE, _ORDINARY = "seen once", "ordinary"
 
 
@@ -198,9 +211,11 @@ class Plan(NamedTuple):
     `constants`, and `tuples` of all these, which kernels take as one argument.
     """
 
-    device: torch.device
-    fresh: tuple[Tensor, ...]  # the outputs, then scratch: without memory, to allocate alike
-    outputs: int | None  # how many there are; None if there is one that is in no tuple
+    gpu: int | None  # None where there is none
+    allocate: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+    fresh: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # what to allocate
+    absent: tuple[Tensor, ...]  # outputs without elements, which nothing can be written to
+    outputs: Callable[[list[Tensor]], Any]  # picks them from what was allocated and is absent
     offsets: tuple[tuple[int, int], ...]  # a pointer's place in the list, bytes to add
     constants: tuple[Any, ...]
     tuples: tuple[Picker, ...]
@@ -210,15 +225,13 @@ class Plan(NamedTuple):
 
     def run(self, pointers: list[int], floats: tuple[float, ...]) -> Any:
         """Allocate and launch; return the outputs."""
-        device = self.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        gpu = self.gpu
+        if gpu is not None and gpu != torch.cuda.current_device():
+            with torch.cuda.device(gpu):
                 return self.run(pointers, floats)
-        fresh = [torch.empty_like(t) for t in self.fresh]
+        fresh = [*starmap(self.allocate, self.fresh)]
         active: Any = driver.active
-        values = [active.get_current_stream(device.index), *pointers]
-        values += [t.data_ptr() for t in fresh]
-        values += floats
+        values = [active.get_current_stream(gpu), *pointers, *map(_POINTER, fresh), *floats]
         for place, offset in self.offsets:
             values.append(values[place] + offset)
         values += self.constants
@@ -226,7 +239,15 @@ class Plan(NamedTuple):
             values.append(pick(values))
         for enter, pick in self.launches:
             enter(*pick(values))
-        return fresh[0] if self.outputs is None else tuple(fresh[: self.outputs])
+        fresh += self.absent
+        return self.outputs(fresh)
+
+
+def misalignment(pointers: Sequence[int]) -> tuple[int, ...]:
+    """Return how far each pointer is from where the JIT calls it aligned, () if all are there."""
+    if gcd(ALIGNMENT, *pointers) == ALIGNMENT:
+        return ()
+    return tuple(pointer % ALIGNMENT for pointer in pointers)
 
 
 class _Constant(NamedTuple):
@@ -234,7 +255,7 @@ class _Constant(NamedTuple):
 
 
 def make_plan(
-    tensors: list[Tensor],
+    tensors: Sequence[Tensor],
     outputs: Tensor | tuple[Tensor, ...],
     launches: Sequence[tuple[Launch, Any]],
     scalars: Scalars,
@@ -251,17 +272,18 @@ def make_plan(
     """
     returned = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     used = [v for launch, _ in launches for _, v in leaves(launch.arguments) if _is_tensor(v)]
-    found = _origins(tensors + returned, used)
+    absent = [t for t in returned if not t.numel() and id(t) not in map(id, used)]
+    present = [t for t in returned if id(t) not in map(id, absent)]
+    found = _origins([*tensors, *present], used)
     if found is None or not all(isinstance(binary, CompiledKernel) for _, binary in launches):
         return None
     origins, scratch = found
-    fresh = [torch.empty_like(t) for t in returned]
+    device = returned[0].device
+    fresh = [(tuple(t.shape), t.stride(), t.dtype) for t in present]
     if scratch:
-        fresh.append(torch.empty(scratch, dtype=torch.uint8, device=returned[0].device))
-    if any(a.stride() != b.stride() for a, b in zip(fresh, returned)):
-        return None
-    for t in fresh:
-        t.untyped_storage().resize_(0)
+        fresh.append(((scratch,), (1,), torch.uint8))
+    order = [id(t) for t in present] + [0] * bool(scratch) + [id(t) for t in absent]
+    pick_outputs = picker([order.index(id(t)) for t in returned])
 
     first_float = 1 + len(tensors) + len(fresh)
     offsets = sorted({origin for origin in origins.values() if origin[1]})
@@ -284,6 +306,7 @@ def make_plan(
                 return parts
         return constant(value)
 
+    entries: list[Callable[..., None]] = []
     trees: list[list[Any]] = []
     for (launch, binary), places in zip(launches, scalars):
         grid = (*launch.grid, 1, 1)[:3]
@@ -291,7 +314,10 @@ def make_plan(
         given = (launch.arguments.get(p.name, p.default) for p in launch.kernel.params)
         named = zip(given, (f".{p.name}" for p in launch.kernel.params))
         tree = [*map(constant, grid), 0, *map(constant, head)]
-        trees.append(tree + [place(value, path, places) for value, path in named])
+        tree += [place(value, path, places) for value, path in named]
+        enter, handed = entry(binary.run, len(tree))
+        entries.append(enter)
+        trees.append(_substituted(handed, tree, constant))
 
     first_constant = first_float + floats + len(offsets)
     tuples: list[Picker] = []
@@ -306,16 +332,51 @@ def make_plan(
 
     picks = [picker([index(node) for node in tree]) for tree in trees]
     return Plan(
-        device=returned[0].device,
+        gpu=device.index if device.type == "cuda" else None,
+        allocate=_ALLOCATE[device.type],
         fresh=tuple(fresh),
-        outputs=None if isinstance(outputs, Tensor) else len(returned),
+        absent=tuple(absent),
+        outputs=itemgetter(0) if isinstance(outputs, Tensor) else pick_outputs,
         offsets=tuple((1 + base, offset) for base, offset in offsets),
         constants=tuple(constants),
         tuples=tuple(tuples),
-        launches=tuple((binary.run, pick) for (_, binary), pick in zip(launches, picks)),
+        launches=tuple(zip(entries, picks)),
         binaries=tuple(binary for _, binary in launches),
         pre_run_hooks=tuple(launch.kernel.pre_run_hooks for launch, _ in launches),
     )
+
+
+class _Argument(NamedTuple):
+    index: int
+
+
+def entry(run: Callable[..., None], count: int) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return what a binary's launcher calls, and with what: its own arguments, by index, and more.
+
+    Triton's launcher for CUDA is Python around a function in C, and does no more than allocate
+    scratch where a kernel asks for it, and put what it was given in order: that is seen here once.
+    """
+    arguments = tuple(map(_Argument, range(count)))
+    if not isinstance(run, CudaLauncher) or run.global_scratch_size or run.profile_scratch_size:
+        return run, arguments
+    seen: list[tuple[Any, ...]] = []
+    double = copy(run)
+    double.launch = lambda *handed: seen.append(handed)
+    double(*arguments)
+    return run.launch, seen[0]
+
+
+def _substituted(handed: Any, tree: list[Any], constant: Callable[[Any], _Constant]) -> list[Any]:
+    """Return a launch's arguments: nodes of `tree`, constants, and lists of these for tuples."""
+
+    def node(value: Any) -> Any:
+        if isinstance(value, _Argument):
+            return tree[value.index]
+        if isinstance(value, tuple) and any(isinstance(v, _Argument) for v in value):
+            return _substituted(value, tree, constant)
+        return constant(value)
+
+    return [node(value) for value in handed]
 
 
 def _origins(
@@ -376,19 +437,14 @@ class _Watch(TorchDispatchMode):
 def _is_watched() -> bool:
     """Return whether somebody wants each launch to go through the door and Triton's JIT."""
     runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
-        capturing()
-        or recording()
-        or runtime.interpret
-        or _callees(runtime.launch_enter_hook)
-        or _callees(runtime.launch_exit_hook)
+        observed()
+        or getattr(enter, "calls", enter)  # of a chain; or else what somebody put in its place
+        or getattr(leave, "calls", leave)
         or runtime.debug
         or knobs.compilation.instrumentation_mode
     )
-
-
-def _callees(hook: Any) -> Any:
-    return getattr(hook, "calls", hook)  # a chain of hooks, or what somebody put in its place
 
 
 def _is_tensor(value: Any) -> bool:
