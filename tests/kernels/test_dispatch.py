@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 
 import vertebra
-from vertebra.kernels import _op, backend, current_backend, scale_bias_act
+from vertebra.kernels import _op, backend, current_backend, layer_norm_2d, scale_bias_act
 from vertebra.testing.cases import OPS, example
 
 
@@ -108,6 +109,25 @@ def test_what_is_not_plain_goes_through_the_dispatcher(device: torch.device) -> 
     inputs["x"] = torch.complex(torch.zeros_like(x), -x).conj().imag
     assert inputs["x"].is_neg()
     torch.testing.assert_close(case.run(inputs)["y"], case.run(case.inputs(device))["y"])
+
+
+def test_forward_mode_runs_in_eager(device: torch.device) -> None:
+    """No kernel drops a tangent, not even where nothing else wants a gradient."""
+    x, tangent = torch.randn(2, 2, 4, 3, 3, device=device).unbind()
+    layer_norm_2d(x)
+    with forward_ad.dual_level():
+        y = layer_norm_2d(forward_ad.make_dual(x, tangent))
+        primal, found = forward_ad.unpack_dual(y)
+        with backend("triton"), pytest.raises(NotImplementedError, match="forward-mode"):
+            layer_norm_2d(forward_ad.make_dual(x, tangent))
+    assert found is not None
+    step = 1e-3
+    with backend("eager"):
+        ends = [layer_norm_2d(x.double() + s * step * tangent.double()) for s in (1, -1)]
+    torch.testing.assert_close(
+        found.double(), (ends[0] - ends[1]) / (2 * step), rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(primal, layer_norm_2d(x))
 
 
 def test_a_map_past_32_bits_is_refused() -> None:

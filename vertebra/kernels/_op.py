@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "INTERPRETED",
@@ -188,6 +189,8 @@ def refuses(x: Tensor, *rest: Any) -> str | None:
     """Return why no kernel takes a call with these arguments: the limits that all ops have."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
+    if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage]
+        return "forward-mode differentiation, which kernels have no rule for"
     if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
         return f"device {x.device.type} (Triton needs a GPU, or TRITON_INTERPRET=1 on the CPU)"
     if x.dtype not in _DTYPES:

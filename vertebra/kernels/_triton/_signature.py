@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+from torch.autograd import forward_ad
 
 MAX_SIGNATURES = 4096  # of one op: a network has tens; more only where image sizes vary
 
@@ -81,7 +82,8 @@ class Signatures:
     def find(self, args: tuple[Any, ...]) -> Found | None:
         """Return the signature that holds for a call, None where none does."""
         kind = self._kinds.get((*map(type, args),))
-        if kind is None or _modes():
+        level = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
+        if kind is None or _modes() or level >= 0:
             return None
         tensors = kind.tensors(args)
         for signature in kind.signatures.get((tensors[0].shape, *kind.rest(args)), ()):
