@@ -1,17 +1,17 @@
-"""Train three small networks on scikit-learn's handwritten digits, here and in another library.
+"""Train three small networks on scikit-learn's handwritten digits, here and in timm.
 
     python examples/train_digits.py
     python examples/train_digits.py --models convnext_atto --implementations vertebra timm
 
 Every implementation starts from the same weights and sees the same batches in the same order, so
 that only rounding tells them apart. `vertebra` runs on Triton where it can, `eager` is vertebra in
-plain PyTorch, and torchvision or timm is the peer.
+plain PyTorch, `timm` is timm's model of that name.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,9 @@ def resize(x: Tensor, size: int) -> Tensor:
     return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def compare(name: str, implementations: Sequence[str], digits: Digits, **options: Any) -> Any:
+def compare(
+    name: str, implementations: Sequence[str], digits: Digits, **options: Any
+) -> Iterator[tuple[str, float]]:
     """Train one network in each implementation, from the same weights; yield accuracies."""
     for implementation in implementations:
         ours = build(name)

@@ -73,10 +73,11 @@ def load_weights(model: Network, source: Source, *, keep_classifier: bool | None
     if not isinstance(source, Mapping):
         source, is_published = _find(source)
         source = _read(source)
-    weights = _reshape(recognise(own.keys(), _unwrap(source), model.family), own)
     classifier, has_classifier = _classifier(model)
+    last = f"{classifier}weight"
+    known = {**own, last: None, f"{classifier}bias": None}  # known even where it is left out
+    weights = _reshape(recognise(known, _unwrap(source), model.family), own)
     if keep_classifier is None:
-        last = f"{classifier}weight"
         keep_classifier = is_published and last in own and last in weights
         keep_classifier = keep_classifier and len(own[last]) != len(weights[last])
     if keep_classifier or not has_classifier:
