@@ -1,0 +1,34 @@
+"""What may stand between the last norm of a residual branch and the add: dropping, or nothing."""
+
+from __future__ import annotations
+
+import torch.fx
+from torch import Tensor, nn
+
+from ..kernels import drop_path_add
+from ._act import has_hooks
+from .drop_block import DropBlock2d
+from .drop_path import DropPath
+
+torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
+
+
+def is_idle(drop: nn.Module | None) -> bool:
+    """Return whether `drop` returns what it is given, and nobody watches it."""
+    if drop is None or has_hooks(drop):
+        return drop is None
+    if isinstance(drop, (DropPath, DropBlock2d)) and type(drop) in (DropPath, DropBlock2d):
+        return not (drop.training and drop.drop_prob)
+    return type(drop) is nn.Identity
+
+
+def drop_add(drop: nn.Module | None, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Return `drop(x) + residual`: one op where `drop` is stochastic depth and drops."""
+    if is_idle(drop) or drop is None:
+        return x if residual is None else x + residual
+    if residual is not None and type(drop) is DropPath and not has_hooks(drop):
+        return drop_path_add(
+            x, residual, drop_prob=drop.drop_prob, scale_by_keep=drop.scale_by_keep
+        )
+    y = drop(x)
+    return y if residual is None else y + residual
