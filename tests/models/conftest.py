@@ -62,6 +62,13 @@ def randomize(model: Module) -> Module:
     return model
 
 
+@pytest.fixture
+def no_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave weights as they are: filling those of the meta device takes most of building there."""
+    for name in ("constant_", "kaiming_normal_", "kaiming_uniform_", "uniform_", "zeros_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+
+
 @pytest.fixture(name="randomize", scope="session")
 def _randomize():
     return randomize

@@ -240,7 +240,7 @@ def test_create_norm_act() -> None:
     assert type(bare) is nn.GroupNorm
     x, residual = torch.randn(2, 2, 8, 3, 3).unbind()
     assert torch.equal(norm_act(bare, x, nn.ReLU(), residual), torch.relu(bare(x) + residual))
-    with pytest.raises(ValueError, match=r"norm_layer must be 'batchnorm2d'.*got 'layernorm'"):
+    with pytest.raises(ValueError, match=r"norm_layer must be one of batchnorm.*got 'layernorm'"):
         create_norm_act("layernorm", 8)
     with pytest.raises(ValueError, match=r"act_layer must be one of relu.*got 'mish'"):
         create_norm_act(None, 8, "mish")

@@ -265,7 +265,7 @@ class ResNet(Network):
 
     def _init_weights(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # slow there
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if self.config.zero_init_residual:
             for module in self.modules():
@@ -290,7 +290,7 @@ class ResNet(Network):
 
 def _build(name: str, *, weights: Source | None = None, **overrides: Any) -> ResNet:
     of_blocks: dict[str, Any] = overrides.pop("block_args", {})  # where timm has them
-    model = ResNet(override(CONFIGS[name], {**overrides, **of_blocks}, SYNONYMS))
+    model = ResNet(override(CONFIGS[name], dict(**overrides, **of_blocks), SYNONYMS))
     if weights is not None:
         load_weights(model, weights)
     return model

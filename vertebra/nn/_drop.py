@@ -23,12 +23,11 @@ def is_idle(drop: nn.Module | None) -> bool:
 
 
 def drop_add(drop: nn.Module | None, x: Tensor, residual: Tensor | None) -> Tensor:
-    """Return `drop(x) + residual`: one op where `drop` is stochastic depth and drops."""
-    if is_idle(drop) or drop is None:
-        return x if residual is None else x + residual
-    if residual is not None and type(drop) is DropPath and not has_hooks(drop):
-        return drop_path_add(
-            x, residual, drop_prob=drop.drop_prob, scale_by_keep=drop.scale_by_keep
-        )
-    y = drop(x)
-    return y if residual is None else y + residual
+    """Return `drop(x) + residual`, of x's shape: one op where `drop` is stochastic depth."""
+    if drop is not None and not is_idle(drop):
+        if residual is not None and type(drop) is DropPath and not has_hooks(drop):
+            return drop_path_add(
+                x, residual, drop_prob=drop.drop_prob, scale_by_keep=drop.scale_by_keep
+            )
+        x = drop(x)
+    return x if residual is None else x + residual.expand_as(x)

@@ -21,7 +21,7 @@ def _drop_block(
 ) -> Tensor:
     N, C, H, W = x.shape
     kh, kw = min(block_size, H), min(block_size, W)
-    # a square drops kh * kw elements and its seed may lie where all of it is inside
+    # as if squares lay inside of the map and never met, though seeds are drawn wherever
     gamma = gamma_scale * drop_prob * (H * W) / (kh * kw) / ((H - kh + 1) * (W - kw + 1))
     seeds = x.new_empty((N, 1 if couple_channels else C, H, W)).bernoulli_(gamma)
     dropped = F.max_pool2d(seeds, (kh, kw), 1, (kh // 2, kw // 2))
@@ -39,8 +39,8 @@ class DropBlock2d(nn.Module):
     """While training, squares of the map become zero; the rest is scaled to keep the mean.
 
     Signature and attributes of timm's module of this name, and the same squares for the same seed.
-    About `drop_prob * gamma_scale` of the map is dropped, less where squares overlap or hang over
-    the border. In eval mode, and with `drop_prob` 0, it returns x itself.
+    About `drop_prob * gamma_scale` of the map is dropped. In eval mode, and with `drop_prob` 0, it
+    returns x itself.
 
     Ghiasi et al. 2018 (arXiv:1810.12890).
 
