@@ -49,8 +49,8 @@ class ResNetConfig:
             activations inside a block at ReLU where this one sets them all.
         attn_layer: what scales the channels of a residual branch before it is added: "se", "eca", a
             class or factory called with their number, or None. timm: in `block_args`.
-        aa_layer: what takes over each stride but a first convolution's and a shortcut's, as an
-            anti-aliasing: "avg", "blur", "blurpc" (a blur that pads with zeros), a class or factory
+        aa_layer: anti-aliasing, which takes over the stride of the stem's pool and of the 3x3 of
+            each block: "avg", "blur", "blurpc" (a blur that pads with zeros), a class or factory
             called with `channels` and `stride`, or None.
         zero_init_residual: let every residual branch start at 0. timm: `zero_init_last`.
         output_stride: 32, or 16 or 8 to trade the strides beyond it for dilation, as timm does.
@@ -66,9 +66,9 @@ class ResNetConfig:
         block_reduce_first: divisor of the channels between the first two convolutions of a block.
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" with num_classes=0.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; before it a line that starts from 0.
-        drop_block_rate: DropBlock behind the 3x3 that has the stride, in the third and the fourth
-            stage, of squares of 5x5 and 3x3.
+        drop_path_rate: stochastic depth of the last block, to which a line leads from 0.
+        drop_block_rate: DropBlock behind the norm of the 3x3 that may have a stride, in the third
+            stage of squares of 5x5 and in the fourth of 3x3.
     """
 
     block: str = "bottleneck"
@@ -337,11 +337,12 @@ CONFIGS = {
     "seresnetaa50d": replace(_50, aa_layer="avg", attn_layer="se", **_D),
     "seresnextaa101d_32x8d": replace(_101, aa_layer="avg", attn_layer="se", **_X8, **_D),
     "seresnextaa201d_32x8d": ResNetConfig(
-        "bottleneck",
-        (3, 24, 36, 4),
+        *("bottleneck", (3, 24, 36, 4)),
         aa_layer="avg",
         attn_layer="se",
-        **{**_X8, **_D, "stem_width": 64},
+        avg_down=True,
+        **_X8,
+        **_S,
     ),
     "resnetblur18": replace(_18, aa_layer="blur"),
     "resnetblur50": replace(_50, aa_layer="blur"),

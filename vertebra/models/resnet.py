@@ -221,18 +221,20 @@ def _shortcut(config: ResNetConfig, stage: Stage) -> nn.Module | None:
 
 def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
     block = BasicBlock if config.block == "basic" else Bottleneck
-    shortcut = _shortcut(config, stage)
-    in_channels, channels, _, stride, dilation = stage[:5]
+    in_channels, shortcut = stage.in_channels, _shortcut(config, stage)
+    stride, first_dilation = stage.stride, stage.first_dilation
     blocks: list[nn.Module] = []
     for drop_path in stage.drop_paths:
         blocks.append(
             block(
-                *(config, in_channels, channels, shortcut, stride, dilation, stage.dilation),
+                *(config, in_channels, stage.out_channels, shortcut),
+                *(stride, first_dilation, stage.dilation),
                 drop_block=DropBlock2d(*stage.drop_block) if stage.drop_block else None,
                 drop_path=DropPath(drop_path) if drop_path else None,
             )
         )
-        in_channels, shortcut, stride, dilation = channels, None, 1, stage.dilation
+        in_channels, shortcut = stage.out_channels, None
+        stride, first_dilation = 1, stage.dilation
     return nn.Sequential(*blocks)
 
 
@@ -265,7 +267,7 @@ class ResNet(Network):
 
     def _init_weights(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # slow there
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # a slow no-op there
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if self.config.zero_init_residual:
             for module in self.modules():

@@ -15,11 +15,11 @@ torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does
 
 def is_idle(drop: nn.Module | None) -> bool:
     """Return whether `drop` returns what it is given, and nobody watches it."""
-    if drop is None or has_hooks(drop):
-        return drop is None
-    if isinstance(drop, (DropPath, DropBlock2d)) and type(drop) in (DropPath, DropBlock2d):
-        return not (drop.training and drop.drop_prob)
-    return type(drop) is nn.Identity
+    if drop is None:
+        return True
+    if type(drop) is DropPath or type(drop) is DropBlock2d:
+        return not (drop.training and drop.drop_prob) and not has_hooks(drop)
+    return type(drop) is nn.Identity and not has_hooks(drop)
 
 
 def drop_add(drop: nn.Module | None, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -60,12 +60,18 @@ class _FusesAct:
     drop: nn.Module
     act: nn.Module
 
-    def _pooled_act(self, x: Tensor, residual: Tensor | None, pool: nn.Module | None) -> str | None:
+    def _chosen_drop(self, drop: nn.Module | None) -> nn.Module:
+        """Return `drop`, or the norm's own for None and for the proxy of an argument left out."""
+        return drop if isinstance(drop, nn.Module) else self.drop
+
+    def _pooled_act(
+        self, x: Tensor, residual: Tensor | None, pool: nn.Module | None, drop: nn.Module
+    ) -> str | None:
         """Return the activation if `pool` can run in one op with all before it, or None.
 
         A traced graph keeps the pool: feature extractors ask for it by its name.
         """
-        if pool is None or residual is not None or not is_idle(self.drop):
+        if pool is None or residual is not None or not is_idle(drop):
             return None
         if isinstance(x, torch.fx.Proxy) or not _fuses_pool(pool):
             return None
@@ -78,11 +84,9 @@ class _FusesAct:
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        drop: nn.Module | None,
+        drop: nn.Module,
         **kwargs: Any,
     ) -> Tensor:
-        if not isinstance(drop, nn.Module):  # None, or the proxy of an argument left out
-            drop = self.drop
         fused = fusible_act(self.act) if is_idle(drop) else None
         if fused is not None:
             return op(x, weight, bias, residual, fused, **kwargs)
@@ -94,11 +98,10 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
 
     Signature, attributes and `state_dict` keys of timm's module of this name; `forward` also takes
     the residual that a block adds before its last activation, the pool that a stem ends in, and a
-    drop in place of that of `drop_layer`.
-    Everything runs as one op (`vertebra.kernels.batch_norm_act`, or `scale_bias_act` when the
-    stored statistics are used; `batch_norm_act_pool` with `nn.MaxPool2d(3, 2, 1)`) unless the drop
-    does something or the activation or the pool is one the ops do not know. A `DropPath` that drops
-    is one op with the add (`drop_path_add`).
+    drop in place of its own. Everything runs as one op (`vertebra.kernels.batch_norm_act`, or
+    `scale_bias_act` when the stored statistics are used; `batch_norm_act_pool` with
+    `nn.MaxPool2d(3, 2, 1)`) unless the drop does something or the activation or the pool is one the
+    ops do not know. A `DropPath` that drops is one op with the add (`drop_path_add`).
 
     Args:
         num_features: C of the (N, C, H, W) input.
@@ -150,7 +153,8 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
         pool: nn.Module | None = None,
         drop: nn.Module | None = None,
     ) -> Tensor:
-        fused = self._pooled_act(x, residual, pool)
+        drop = self._chosen_drop(drop)
+        fused = self._pooled_act(x, residual, pool, drop)
         if not self.training and self.running_mean is not None:
             if fused is not None:
                 return batch_norm_act_pool(
@@ -236,7 +240,8 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
         pool: nn.Module | None = None,
         drop: nn.Module | None = None,
     ) -> Tensor:
-        fused = self._pooled_act(x, residual, pool)
+        drop = self._chosen_drop(drop)
+        fused = self._pooled_act(x, residual, pool, drop)
         if fused is not None:
             return batch_norm_act_pool(
                 *(x, self.weight, self.bias, fused),
