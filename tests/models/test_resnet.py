@@ -540,6 +540,29 @@ def test_compiles_to_one_graph(training, randomize):
     torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": (1,)},
+        pytest.param(
+            {"layers": (1, 1, 1), "drop_block_rate": 0.3, "attn_layer": "eca"},
+            marks=pytest.mark.thorough,
+        ),
+    ],
+    ids=str,
+)
+def test_compiles_with_dynamic_sizes(options, randomize):
+    """One graph for all sizes, and for the image's channels, which are checked in it."""
+    model = randomize(ResNet(ResNetConfig("basic", num_classes=5, **options))).train()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend="eager")
+    for shape in [(2, 3, 65, 49), (5, 3, 80, 100)]:
+        x = images(*shape)
+        torch.manual_seed(1)
+        actual = compiled(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(actual, model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_exports_with_dynamic_sizes(randomize):
     model = randomize(resnet18()).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
