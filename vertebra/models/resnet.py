@@ -241,6 +241,7 @@ def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
 class ResNet(Network):
     """The network that a `ResNetConfig` describes.
 
+    >>> import torch
     >>> model = ResNet(ResNetConfig("basic", layers=(1, 1), num_classes=5))
     >>> model(torch.randn(2, 3, 33, 47)).shape
     torch.Size([2, 5])
