@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 import vertebra
 from vertebra.testing.parity import randomize
@@ -40,6 +41,13 @@ def timm() -> ModuleType:
 @pytest.fixture(scope="session")
 def transformers() -> ModuleType:
     return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def no_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave weights as they are: filling those of the meta device takes most of building there."""
+    for name in ("constant_", "kaiming_normal_", "kaiming_uniform_", "uniform_", "zeros_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
 
 
 @pytest.fixture(name="randomize", scope="session")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vertebra
 from vertebra.models import ResNet, ResNetConfig, create_model, list_models, resnet18
+from vertebra.models._resnet_config import CONFIGS
 from vertebra.nn import BatchNormAct2d, FrozenBatchNormAct2d
 from vertebra.testing.parity import (
     assert_same_output,
@@ -199,10 +200,11 @@ def test_matches_timm(name, timm, randomize):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", list_models("res*") + list_models("wide*"))
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("no_initialisation")
 def test_has_the_keys_and_shapes_of_timm(name, timm):
     ours, peer = (build_on_meta(create, name) for create in (create_model, timm.create_model))
-    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, peer)]
+    shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (ours, peer)]
     assert shapes[0] == shapes[1]
     assert ours.num_features == peer.num_features
 
@@ -310,6 +312,7 @@ def test_matches_transformers(options, first_stage, in_bottleneck, transformers,
 # ours
 
 
+@pytest.mark.usefixtures("no_initialisation")
 def test_builds_on_the_meta_device_without_a_tensor_in_memory():
     for name in list_models():
         model = build_on_meta(create_model, name)
@@ -514,6 +517,29 @@ def test_compiles_to_one_graph(training, randomize):
         for p, q in zip(model.parameters(), reference.parameters(), strict=True):
             assert relative_error(p.grad, q.grad) <= 1e-3
     torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": (1,)},
+        pytest.param(
+            {"layers": (1, 1, 1), "drop_block_rate": 0.3, "attn_layer": "eca"},
+            marks=pytest.mark.thorough,
+        ),
+    ],
+    ids=str,
+)
+def test_compiles_with_dynamic_sizes(options, randomize):
+    """One graph for all sizes, and for the image's channels, which are checked in it."""
+    model = randomize(ResNet(ResNetConfig("basic", num_classes=5, **options))).train()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend="eager")
+    for shape in [(2, 3, 65, 49), (5, 3, 80, 100)]:
+        x = images(*shape)
+        torch.manual_seed(1)
+        actual = compiled(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(actual, model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_exports_with_dynamic_sizes(randomize):

@@ -11,7 +11,14 @@ from torch import nn
 
 import vertebra
 from vertebra.kernels import _op
-from vertebra.nn import BatchNormAct2d, ConvNormAct, FrozenBatchNormAct2d, create_norm_act, norm_act
+from vertebra.nn import (
+    BatchNormAct2d,
+    ConvNormAct,
+    DropBlock2d,
+    FrozenBatchNormAct2d,
+    create_norm_act,
+    norm_act,
+)
 from vertebra.nn._act import fusible_act
 from vertebra.testing.budget import assert_within_budget
 
@@ -240,10 +247,44 @@ def test_create_norm_act() -> None:
     assert type(bare) is nn.GroupNorm
     x, residual = torch.randn(2, 2, 8, 3, 3).unbind()
     assert torch.equal(norm_act(bare, x, nn.ReLU(), residual), torch.relu(bare(x) + residual))
-    with pytest.raises(ValueError, match=r"norm_layer must be 'batchnorm2d'.*got 'layernorm'"):
+    with pytest.raises(ValueError, match=r"norm_layer must be one of batchnorm.*got 'layernorm'"):
         create_norm_act("layernorm", 8)
     with pytest.raises(ValueError, match=r"act_layer must be one of relu.*got 'mish'"):
         create_norm_act(None, 8, "mish")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["groupnorm", "GroupNorm1", "batch_norm", "layernorm2d"])
+def test_norms_by_name_are_timms(name: str) -> None:
+    from timm.layers import get_norm_layer
+
+    theirs = randomised(get_norm_layer(name)(64))
+    ours = create_norm_act(name, 64, apply_act=False)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 64, 5, 3)
+    with vertebra.backend("eager"):
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert type(create_norm_act("frozenbatchnorm2d", 8)) is FrozenBatchNormAct2d
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layer", [BatchNormAct2d, FrozenBatchNormAct2d])
+def test_a_drop_of_the_call_takes_the_place_of_its_own(layer, path: str, device) -> None:
+    """Also where a pool follows; one that is idle leaves everything in one op."""
+    norm = randomised(layer(8)).to(device)
+    bare = layer(8, apply_act=False).to(device)
+    bare.load_state_dict(norm.state_dict())
+    drop, pool, act = DropBlock2d(0.5, 3), nn.MaxPool2d(3, 2, 1), nn.ReLU()
+    x = torch.randn(2, 8, 9, 7, device=device)
+    with vertebra.backend(path):
+        torch.manual_seed(1)
+        y = norm_act(norm, x, act, pool=pool, drop=drop)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, pool(act(drop(bare(x)))))
+        seen: list[_op.Call] = []
+        with _op.observe(seen.append):
+            norm_act(norm, x, act, pool=pool, drop=drop.eval())
+    assert [call.op.name for call in seen] == ["batch_norm_act_pool"]
 
 
 @pytest.mark.parity

@@ -72,6 +72,13 @@ def torchvision_model(name: str) -> nn.Module:
     return build_on_meta(peers.torchvision_model, name, **options)
 
 
+def timm_model(name: str) -> nn.Module:
+    """Build timm's model."""
+    model = build_on_meta(peers.timm_model, name)
+    constants = {key for key, _ in model.named_buffers()} - model.state_dict().keys()
+    return peers.timm_model(name) if constants else model  # which no weights would restore
+
+
 def transformers_model(name: str) -> nn.Module:
     """Build transformers' model with the configuration that ours of this name has."""
     transformers = peers.transformers()
@@ -112,7 +119,7 @@ def transformers_model(name: str) -> nn.Module:
 
 BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": torchvision_model,
-    "timm": lambda name: build_on_meta(peers.timm_model, name),
+    "timm": timm_model,
     "transformers": transformers_model,
 }
 

@@ -14,7 +14,7 @@ from ._features import FeatureInfo, Indices, take_indices
 
 
 def _check_image(x: Tensor, channels: int | None, family: str) -> None:
-    if x.dim() != 4 or channels not in (None, x.shape[1]):
+    if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
         raise ValueError(
             f"a {family} takes images of shape (N, {channels or 'C'}, H, W), got {tuple(x.shape)}; "
             "add the batch with x[None], or build the model with in_chans=<channels of the image>"

@@ -1,4 +1,8 @@
-"""What distinguishes one ResNet from another, as plain data: the config and the named variants."""
+"""What distinguishes one ResNet from another, as plain data: the config and the named variants.
+
+Not here, of timm's: ecaresnet50d_pruned and ecaresnet101d_pruned, whose channels come from a table
+of every convolution, and test_resnet, which has another block in one stage.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..nn import ActLayer, NormLayer
+from ..nn import AaLayer, ActLayer, AttnLayer, NormLayer, SqueezeExcite
 
 
 class Stage(NamedTuple):
@@ -20,6 +24,8 @@ class Stage(NamedTuple):
     stride: int
     first_dilation: int  # of the first 3x3, which still reads the stage before
     dilation: int
+    drop_paths: tuple[float, ...]  # of each block
+    drop_block: tuple[float, int, float] | None  # rate, side of a square, factor of the rate
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,15 @@ class ResNetConfig:
             expansion, 1 or 4. timm: `channels`, given before the expansion.
         groups: of a bottleneck's 3x3. timm: `cardinality`.
         width_per_group: of a bottleneck's 3x3, relative to 64. timm: `base_width`.
-        norm_layer: class, factory, "batchnorm2d", or None for batch norm.
+        norm_layer: class, factory, "batchnorm2d", "frozenbatchnorm2d", "groupnorm", "groupnorm1",
+            "layernorm2d", or None for batch norm.
         act_layer: class, factory, name, or None. transformers: `hidden_act`, which leaves the
             activations inside a block at ReLU where this one sets them all.
+        attn_layer: what scales the channels of a residual branch before it is added: "se", "eca", a
+            class or factory called with their number, or None. timm: in `block_args`.
+        aa_layer: anti-aliasing, which takes over the stride of the stem's pool and of the 3x3 of
+            each block: "avg", "blur", "blurpc" (a blur that pads with zeros), a class or factory
+            called with `channels` and `stride`, or None.
         zero_init_residual: let every residual branch start at 0. timm: `zero_init_last`.
         output_stride: 32, or 16 or 8 to trade the strides beyond it for dilation, as timm does.
         replace_stride_with_dilation: that trade spelled out for each stage after the first.
@@ -54,6 +66,9 @@ class ResNetConfig:
         block_reduce_first: divisor of the channels between the first two convolutions of a block.
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" with num_classes=0.
         drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, to which a line leads from 0.
+        drop_block_rate: DropBlock behind the norm of the 3x3 that may have a stride, in the third
+            stage of squares of 5x5 and in the fourth of 3x3.
     """
 
     block: str = "bottleneck"
@@ -65,6 +80,8 @@ class ResNetConfig:
     width_per_group: int = 64
     norm_layer: str | NormLayer | None = None
     act_layer: ActLayer = nn.ReLU
+    attn_layer: AttnLayer = None
+    aa_layer: AaLayer = None
     zero_init_residual: bool = False
     output_stride: int = 32
     replace_stride_with_dilation: Sequence[bool] | None = None
@@ -79,6 +96,8 @@ class ResNetConfig:
     block_reduce_first: int = 1
     global_pool: str = "avg"
     drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    drop_block_rate: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_sizes", "replace_stride_with_dilation"):
@@ -95,7 +114,8 @@ class ResNetConfig:
         for name in ("in_chans", "groups", "width_per_group", "stem_width", "block_reduce_first"):
             require(getattr(self, name) >= 1, name, f"{name} must be at least 1")
         require(self.num_classes >= 0, "num_classes", "num_classes must be 0 (none) or more")
-        require(0 <= self.drop_rate <= 1, "drop_rate", "drop_rate must lie in [0, 1]")
+        for name in ("drop_rate", "drop_path_rate", "drop_block_rate"):
+            require(0 <= getattr(self, name) <= 1, name, f"{name} must lie in [0, 1]")
         require(self.block in _EXPANSION, "block", f"block must be one of {', '.join(_EXPANSION)}")
         require(
             len(self.layers) > 0 and min(self.layers) > 0,
@@ -128,6 +148,12 @@ class ResNetConfig:
             self.stem_channels >= 1 and (self.stem_type != "deep_tiered" or self.stem_width >= 4),
             "embedding_size stem_type stem_width",
             "embedding_size must be at least 1, and stem_width 4 in a tiered stem",
+        )
+        require(
+            self.aa_layer is None or not self.downsample_in_bottleneck,
+            "aa_layer downsample_in_bottleneck",
+            "aa_layer takes over the stride of a 3x3, and downsample_in_bottleneck leaves it none; "
+            "give one of them",
         )
         require(self.down_kernel_size % 2 == 1, "down_kernel_size", "down_kernel_size must be odd")
         require(
@@ -168,6 +194,7 @@ class ResNetConfig:
     def stages(self) -> list[Stage]:
         """Return the stages, with every trade of stride for dilation made."""
         stages: list[Stage] = []
+        last = max(sum(self.layers) - 1, 1)
         in_channels, reduction, dilation = self.stem_channels, 4, 1
         for i, (depth, out_channels) in enumerate(zip(self.layers, self.channels, strict=True)):
             stride = 2 if i > 0 or self.downsample_in_first_stage else 1
@@ -178,12 +205,23 @@ class ResNetConfig:
                 dilate = self.output_stride < 32 and reduction >= self.output_stride
             if dilate:
                 dilation, stride = dilation * stride, 1
-            stages.append(Stage(in_channels, out_channels, depth, stride, first_dilation, dilation))
+            before = sum(self.layers[:i])
+            blocks = range(before, before + depth)
+            drop_paths = tuple(self.drop_path_rate * block / last for block in blocks)
+            drop_block = (self.drop_block_rate, *_SQUARES[i]) if i in _SQUARES else None
+            stages.append(
+                Stage(
+                    *(in_channels, out_channels, depth, stride, first_dilation, dilation),
+                    drop_paths,
+                    drop_block if self.drop_block_rate else None,
+                )
+            )
             in_channels, reduction = out_channels, reduction * stride
         return stages
 
 
 _EXPANSION = {"basic": 1, "bottleneck": 4}
+_SQUARES = {2: (5, 0.25), 3: (3, 1.0)}  # what DropBlock drops, and the factor of its rate, by stage
 
 SYNONYMS = {
     "layer_type": "block",
@@ -195,8 +233,8 @@ SYNONYMS = {
 }
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels)
+def _se_quarter(channels: int) -> SqueezeExcite:
+    return SqueezeExcite(channels, rd_ratio=0.25)
 
 
 _18 = ResNetConfig("basic", (2, 2, 2, 2))
@@ -206,11 +244,15 @@ _50 = ResNetConfig("bottleneck", (3, 4, 6, 3))
 _101 = ResNetConfig("bottleneck", (3, 4, 23, 3))
 _152 = ResNetConfig("bottleneck", (3, 8, 36, 3))
 _200 = ResNetConfig("bottleneck", (3, 24, 36, 3))
+_269 = ResNetConfig("bottleneck", (3, 30, 48, 8))
 # timm's suffixes, after He et al. 2018
 _C: dict[str, Any] = {"stem_type": "deep", "stem_width": 32}
 _D: dict[str, Any] = {**_C, "avg_down": True}
 _S: dict[str, Any] = {"stem_type": "deep"}
 _T: dict[str, Any] = {**_D, "stem_type": "deep_tiered"}
+_X4: dict[str, Any] = {"groups": 32, "width_per_group": 4}
+_X8: dict[str, Any] = {"groups": 32, "width_per_group": 8}
+_RS: dict[str, Any] = {**_D, "replace_stem_pool": True, "attn_layer": _se_quarter}
 
 CONFIGS = {
     "resnet10t": ResNetConfig("basic", (1, 1, 1, 1), **_T),
@@ -223,7 +265,7 @@ CONFIGS = {
     "resnet34": _34,
     "resnet34d": replace(_34, **_D),
     "resnet50": _50,
-    "resnet50_gn": replace(_50, norm_layer=_group_norm),
+    "resnet50_gn": replace(_50, norm_layer="groupnorm"),
     "resnet50c": replace(_50, **_C),
     "resnet50d": replace(_50, **_D),
     "resnet50s": replace(_50, **_S),
@@ -238,13 +280,74 @@ CONFIGS = {
     "resnet152s": replace(_152, **_S),
     "resnet200": _200,
     "resnet200d": replace(_200, **_D),
-    "resnext50_32x4d": replace(_50, groups=32, width_per_group=4),
-    "resnext50d_32x4d": replace(_50, groups=32, width_per_group=4, **_D),
-    "resnext101_32x4d": replace(_101, groups=32, width_per_group=4),
-    "resnext101_32x8d": replace(_101, groups=32, width_per_group=8),
+    "resnext50_32x4d": replace(_50, **_X4),
+    "resnext50d_32x4d": replace(_50, **_X4, **_D),
+    "resnext101_32x4d": replace(_101, **_X4),
+    "resnext101_32x8d": replace(_101, **_X8),
     "resnext101_32x16d": replace(_101, groups=32, width_per_group=16),
     "resnext101_32x32d": replace(_101, groups=32, width_per_group=32),
     "resnext101_64x4d": replace(_101, groups=64, width_per_group=4),
+    "seresnet18": replace(_18, attn_layer="se"),
+    "seresnet34": replace(_34, attn_layer="se"),
+    "seresnet50": replace(_50, attn_layer="se"),
+    "seresnet50t": replace(_50, attn_layer="se", **_T),
+    "seresnet101": replace(_101, attn_layer="se"),
+    "seresnet152": replace(_152, attn_layer="se"),
+    "seresnet152d": replace(_152, attn_layer="se", **_D),
+    "seresnet200d": replace(_200, attn_layer="se", **_D),
+    "seresnet269d": replace(_269, attn_layer="se", **_D),
+    "seresnext26d_32x4d": replace(_26, attn_layer="se", **_X4, **_D),
+    "seresnext26t_32x4d": replace(_26, attn_layer="se", **_X4, **_T),
+    "seresnext50_32x4d": replace(_50, attn_layer="se", **_X4),
+    "seresnext101_32x4d": replace(_101, attn_layer="se", **_X4),
+    "seresnext101_32x8d": replace(_101, attn_layer="se", **_X8),
+    "seresnext101_64x4d": replace(_101, attn_layer="se", groups=64, width_per_group=4),
+    "seresnext101d_32x8d": replace(_101, attn_layer="se", **_X8, **_D),
+    "senet154": replace(
+        _152,
+        attn_layer="se",
+        groups=64,
+        width_per_group=4,
+        down_kernel_size=3,
+        block_reduce_first=2,
+        **_S,
+    ),
+    "ecaresnet26t": replace(_26, attn_layer="eca", **_T),
+    "ecaresnet50d": replace(_50, attn_layer="eca", **_D),
+    "ecaresnet50t": replace(_50, attn_layer="eca", **_T),
+    "ecaresnet101d": replace(_101, attn_layer="eca", **_D),
+    "ecaresnet200d": replace(_200, attn_layer="eca", **_D),
+    "ecaresnet269d": replace(_269, attn_layer="eca", **_D),
+    "ecaresnetlight": ResNetConfig(
+        "bottleneck", (1, 1, 11, 3), stem_width=32, avg_down=True, attn_layer="eca"
+    ),
+    "ecaresnext26t_32x4d": replace(_26, attn_layer="eca", **_X4, **_T),
+    "ecaresnext50t_32x4d": replace(_50, attn_layer="eca", **_X4, **_T),
+    "resnetrs50": replace(_50, **_RS),
+    "resnetrs101": replace(_101, **_RS),
+    "resnetrs152": replace(_152, **_RS),
+    "resnetrs200": replace(_200, **_RS),
+    "resnetrs270": ResNetConfig("bottleneck", (4, 29, 53, 4), **_RS),
+    "resnetrs350": ResNetConfig("bottleneck", (4, 36, 72, 4), **_RS),
+    "resnetrs420": ResNetConfig("bottleneck", (4, 44, 87, 4), **_RS),
+    "resnetaa34d": replace(_34, aa_layer="avg", **_D),
+    "resnetaa50": replace(_50, aa_layer="avg"),
+    "resnetaa50d": replace(_50, aa_layer="avg", **_D),
+    "resnetaa101d": replace(_101, aa_layer="avg", **_D),
+    "seresnetaa50d": replace(_50, aa_layer="avg", attn_layer="se", **_D),
+    "seresnextaa101d_32x8d": replace(_101, aa_layer="avg", attn_layer="se", **_X8, **_D),
+    "seresnextaa201d_32x8d": ResNetConfig(
+        *("bottleneck", (3, 24, 36, 4)),
+        aa_layer="avg",
+        attn_layer="se",
+        avg_down=True,
+        **_X8,
+        **_S,
+    ),
+    "resnetblur18": replace(_18, aa_layer="blur"),
+    "resnetblur50": replace(_50, aa_layer="blur"),
+    "resnetblur50d": replace(_50, aa_layer="blur", **_D),
+    "resnetblur101d": replace(_101, aa_layer="blur", **_D),
     "wide_resnet50_2": replace(_50, width_per_group=128),
     "wide_resnet101_2": replace(_101, width_per_group=128),
 }

@@ -1,12 +1,15 @@
-"""ResNet, ResNeXt and Wide ResNet, with the options of torchvision, timm and transformers.
+"""ResNet, ResNeXt, Wide ResNet and their kin, with the options of torchvision and its heirs.
 
     stem (stride 4) -> layer1, layer2, ...: residual blocks, stride 2 from layer2 on -> mean -> fc
 
-Keys, order of construction, initialisation and arithmetic are torchvision's: a checkpoint or a seed
-gives the same bits here and there. A norm, its residual and its activation run as one op.
+Keys, order of construction, initialisation and arithmetic are torchvision's, and timm's where only
+that has an option: a checkpoint or a seed gives the same bits here and there. A norm or an
+attention, its residual and its activation run as one op.
 
 He et al. 2015 (arXiv:1512.03385), Xie et al. 2016 (arXiv:1611.05431), Zagoruyko & Komodakis 2016
-(arXiv:1605.07146); deep stems and average-pooled shortcuts: He et al. 2018 (arXiv:1812.01187).
+(arXiv:1605.07146); deep stems and average-pooled shortcuts: He et al. 2018 (arXiv:1812.01187);
+ResNet-RS: Bello et al. 2021 (arXiv:2103.07579). For attention, anti-aliasing and dropping see their
+modules in `vertebra.nn`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import create_act, create_conv2d, create_norm_act, norm_act
+from ..nn import (
+    DropBlock2d,
+    DropPath,
+    attn_act,
+    create_aa,
+    create_aa_max_pool,
+    create_act,
+    create_attn,
+    create_conv2d,
+    create_norm_act,
+    norm_act,
+)
 from ._features import feature
 from ._network import Network
 from ._registry import list_models, override, register_model
@@ -28,8 +42,19 @@ def _norm(config: ResNetConfig, channels: int, apply_act: bool = True) -> nn.Mod
     return create_norm_act(config.norm_layer, channels, config.act_layer, apply_act=apply_act)
 
 
+def _aa(config: ResNetConfig, channels: int, stride: int, resamples: bool) -> nn.Module | None:
+    """Build what takes over the stride of a block's 3x3, or None where that keeps it."""
+    if config.aa_layer is None or not resamples:
+        return None
+    return create_aa(config.aa_layer, channels, stride)
+
+
 class BasicBlock(nn.Module):
-    """`act(norm(conv3x3(act(norm(conv3x3(x))))) + shortcut(x))`, with the stride in the first."""
+    """`act(norm(conv3x3(act(norm(conv3x3(x))))) + shortcut(x))`, with the stride in the first.
+
+    DropBlock and what takes over the stride stand around its first activation; attention and
+    stochastic depth before the add, in this order.
+    """
 
     expansion = 1
 
@@ -42,27 +67,42 @@ class BasicBlock(nn.Module):
         stride: int = 1,
         first_dilation: int = 1,
         dilation: int = 1,
+        drop_block: nn.Module | None = None,
+        drop_path: nn.Module | None = None,
     ) -> None:
         super().__init__()
         width, _ = config.widths(out_channels)
+        aa = _aa(config, width, stride, stride > 1 or dilation != first_dilation)
         self.conv1 = create_conv2d(
-            *(in_channels, width, 3), stride=stride, dilation=first_dilation, bias=False
+            *(in_channels, width, 3),
+            stride=stride if aa is None else 1,
+            dilation=first_dilation,
+            bias=False,
         )
         self.bn1 = _norm(config, width)
+        self.drop_block = drop_block
         self.relu = create_act(config.act_layer)  # for norms that do not bring their own
+        self.aa = aa
         self.conv2 = create_conv2d(width, out_channels, 3, dilation=dilation, bias=False)
-        self.bn2 = _norm(config, out_channels)
+        self.bn2 = _norm(config, out_channels, apply_act=config.attn_layer is None)
+        self.se = create_attn(config.attn_layer, out_channels)
         self.downsample = downsample
+        self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), self.relu)
-        y = self.conv2(y)
+        y = norm_act(self.bn1, self.conv1(x), self.relu, drop=self.drop_block)
+        y = self.conv2(y if self.aa is None else self.aa(y))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return norm_act(self.bn2, y, self.relu, shortcut)
+        if self.se is not None:
+            return attn_act(self.se, self.bn2(y), self.relu, shortcut, self.drop_path)
+        return norm_act(self.bn2, y, self.relu, shortcut, drop=self.drop_path)
 
 
 class Bottleneck(nn.Module):
-    """`BasicBlock` of a narrowing 1x1, a 3x3 with stride and groups, and a widening 1x1."""
+    """`BasicBlock` of a narrowing 1x1, a 3x3 with stride and groups, and a widening 1x1.
+
+    DropBlock and what takes over the stride follow the 3x3.
+    """
 
     expansion = 4
 
@@ -75,31 +115,40 @@ class Bottleneck(nn.Module):
         stride: int = 1,
         first_dilation: int = 1,
         dilation: int = 1,  # of a second 3x3, which a bottleneck lacks
+        drop_block: nn.Module | None = None,
+        drop_path: nn.Module | None = None,
     ) -> None:
         super().__init__()
         reduced, width = config.widths(out_channels)
         stride1, stride2 = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
+        aa = _aa(config, width, stride2, stride2 > 1 or dilation != first_dilation)
         self.conv1 = create_conv2d(in_channels, reduced, 1, stride=stride1, bias=False)
         self.bn1 = _norm(config, reduced)
         self.conv2 = create_conv2d(
             *(reduced, width, 3),
-            stride=stride2,
+            stride=stride2 if aa is None else 1,
             dilation=first_dilation,
             groups=config.groups,
             bias=False,
         )
         self.bn2 = _norm(config, width)
+        self.drop_block = drop_block
+        self.aa = aa
         self.conv3 = create_conv2d(width, out_channels, 1, bias=False)
-        self.bn3 = _norm(config, out_channels)
+        self.bn3 = _norm(config, out_channels, apply_act=config.attn_layer is None)
+        self.se = create_attn(config.attn_layer, out_channels)
         self.relu = create_act(config.act_layer)  # for norms that do not bring their own
         self.downsample = downsample
+        self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
         y = norm_act(self.bn1, self.conv1(x), self.relu)
-        y = norm_act(self.bn2, self.conv2(y), self.relu)
-        y = self.conv3(y)
+        y = norm_act(self.bn2, self.conv2(y), self.relu, drop=self.drop_block)
+        y = self.conv3(y if self.aa is None else self.aa(y))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return norm_act(self.bn3, y, self.relu, shortcut)
+        if self.se is not None:
+            return attn_act(self.se, self.bn3(y), self.relu, shortcut, self.drop_path)
+        return norm_act(self.bn3, y, self.relu, shortcut, drop=self.drop_path)
 
 
 class _ConvNormActs(nn.Sequential):
@@ -130,9 +179,16 @@ def _stem_conv(config: ResNetConfig) -> nn.Module:
 
 
 def _stem_pool(config: ResNetConfig) -> nn.Module:
-    if not config.replace_stem_pool:
-        return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
     channels = config.stem_channels
+    if not config.replace_stem_pool:
+        return create_aa_max_pool(config.aa_layer, channels)
+    if config.aa_layer is not None:
+        return nn.Sequential(
+            create_conv2d(channels, channels, 3, bias=False),
+            create_aa(config.aa_layer, channels, 2),
+            _norm(config, channels, apply_act=False),
+            create_act(config.act_layer),
+        )
     return _ConvNormActs(
         create_conv2d(channels, channels, 3, stride=2, bias=False),
         _norm(config, channels),
@@ -151,7 +207,7 @@ def shortcut_pool(stride: int, dilation: int) -> nn.Module:
 
 def _shortcut(config: ResNetConfig, stage: Stage) -> nn.Module | None:
     """Build the projection of a stage's first block, or None where the input fits as it is."""
-    in_channels, channels, _, stride, first_dilation, dilation = stage
+    in_channels, channels, _, stride, first_dilation, dilation, *_ = stage
     if stride == 1 and in_channels == channels:
         return None
     resamples = stride > 1 or dilation > 1
@@ -169,13 +225,21 @@ def _shortcut(config: ResNetConfig, stage: Stage) -> nn.Module | None:
 
 def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
     block = BasicBlock if config.block == "basic" else Bottleneck
-    in_channels, channels, depth, stride, first_dilation, dilation = stage
-    shortcut = _shortcut(config, stage)
-    first = block(config, in_channels, channels, shortcut, stride, first_dilation, dilation)
-    others = (
-        block(config, channels, channels, None, 1, dilation, dilation) for _ in range(depth - 1)
-    )
-    return nn.Sequential(first, *others)
+    in_channels, shortcut = stage.in_channels, _shortcut(config, stage)
+    stride, first_dilation = stage.stride, stage.first_dilation
+    blocks: list[nn.Module] = []
+    for drop_path in stage.drop_paths:
+        blocks.append(
+            block(
+                *(config, in_channels, stage.out_channels, shortcut),
+                *(stride, first_dilation, stage.dilation),
+                drop_block=DropBlock2d(*stage.drop_block) if stage.drop_block else None,
+                drop_path=DropPath(drop_path) if drop_path else None,
+            )
+        )
+        in_channels, shortcut = stage.out_channels, None
+        stride, first_dilation = 1, stage.dilation
+    return nn.Sequential(*blocks)
 
 
 class ResNet(Network):
@@ -234,7 +298,8 @@ class ResNet(Network):
 
 
 def _build(name: str, *, weights: Source | None = None, **overrides: Any) -> ResNet:
-    model = ResNet(override(CONFIGS[name], overrides, SYNONYMS))
+    of_blocks: dict[str, Any] = overrides.pop("block_args", {})  # where timm has them
+    model = ResNet(override(CONFIGS[name], dict(**overrides, **of_blocks), SYNONYMS))
     if weights is not None:
         load_weights(model, weights)
     return model

@@ -1,8 +1,12 @@
 """Modules over the ops: timm's signatures and `state_dict` keys; norms subclass torch's."""
 
 from ._act import ActLayer, create_act
+from ._attn import AttnLayer, attn_act, create_attn
+from .blur_pool import AaLayer, BlurPool2d, create_aa, create_aa_max_pool
 from .conv_norm_act import ConvNormAct, create_conv2d
+from .drop_block import DropBlock2d
 from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
+from .eca import EcaModule
 from .global_avg_pool import GlobalAvgPool2d
 from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
@@ -18,11 +22,16 @@ from .rms_norm import RmsNorm2d, SimpleNorm2d
 from .squeeze_excite import SqueezeExcite
 
 __all__ = [
+    "AaLayer",
     "ActLayer",
+    "AttnLayer",
     "BatchNormAct2d",
+    "BlurPool2d",
     "ConvNormAct",
+    "DropBlock2d",
     "DropPath",
     "DropPathAdd",
+    "EcaModule",
     "FrozenBatchNormAct2d",
     "GlobalAvgPool2d",
     "GlobalPool2d",
@@ -34,7 +43,11 @@ __all__ = [
     "RmsNorm2d",
     "SimpleNorm2d",
     "SqueezeExcite",
+    "attn_act",
+    "create_aa",
+    "create_aa_max_pool",
     "create_act",
+    "create_attn",
     "create_conv2d",
     "create_global_pool",
     "create_norm_act",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 ActLayer = str | type[nn.Module] | Callable[..., nn.Module] | None
 
@@ -33,6 +35,16 @@ _FUSIBLE: dict[type[nn.Module], str] = {
 _GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
 
+def by_name(option: str, name: str, layers: Mapping[str, T]) -> T:
+    """Return the layer that is called `name`, in whatever case and with or without underscores."""
+    for key in (name.lower(), name.lower().replace("_", "").replace("-", "")):
+        if key in layers:
+            return layers[key]
+    raise ValueError(
+        f"{option} must be one of {', '.join(layers)}, a module class or None; got {name!r}"
+    )
+
+
 def create_act(
     act_layer: ActLayer, *, inplace: bool = True, act_kwargs: dict[str, Any] | None = None
 ) -> nn.Module:
@@ -40,12 +52,7 @@ def create_act(
     if act_layer is None:
         return nn.Identity()
     if isinstance(act_layer, str):
-        if act_layer.lower() not in _BY_NAME:
-            raise ValueError(
-                f"act_layer must be one of {', '.join(_BY_NAME)}, a module class or None; "
-                f"got {act_layer!r}"
-            )
-        act_layer = _BY_NAME[act_layer.lower()]
+        act_layer = by_name("act_layer", act_layer, _BY_NAME)
     kwargs = {"inplace": inplace, **(act_kwargs or {})}
     try:
         return act_layer(**kwargs)

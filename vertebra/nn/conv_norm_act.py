@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._act import ActLayer, create_act
+from .blur_pool import AaLayer, create_aa
 from .norm_act import NormLayer, create_norm_act, norm_act
 
 Padding = str | int | tuple[int, int] | None
@@ -75,7 +76,8 @@ class ConvNormAct(nn.Module):
         apply_act: end in the activation, or in none.
         norm_layer: class, partial, name or None for batch norm.
         act_layer: class, name or None.
-        aa_layer: anti-aliasing module class, called with `channels` and `stride` after a stride.
+        aa_layer: what subsamples in the convolution's place: class called with `channels` and
+            `stride`, "avg", "blur", "blurpc" (a blur that pads with zeros), or None.
         drop_layer: module class called between norm and activation.
         conv_kwargs: passed to the convolution.
         norm_kwargs: passed to the norm.
@@ -98,7 +100,7 @@ class ConvNormAct(nn.Module):
         apply_act: bool = True,
         norm_layer: str | NormLayer = nn.BatchNorm2d,
         act_layer: ActLayer = nn.ReLU,
-        aa_layer: Callable[..., nn.Module] | None = None,
+        aa_layer: AaLayer = None,
         drop_layer: Callable[[], nn.Module] | None = None,
         conv_kwargs: dict[str, Any] | None = None,
         norm_kwargs: dict[str, Any] | None = None,
@@ -108,12 +110,13 @@ class ConvNormAct(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        anti_aliased = aa_layer is not None and stride > 1
+        if stride == 1:
+            aa_layer = None
         self.conv = create_conv2d(
             in_channels,
             out_channels,
             kernel_size,
-            stride=1 if anti_aliased else stride,
+            stride=stride if aa_layer is None else 1,
             padding=padding,
             dilation=dilation,
             groups=groups,
@@ -137,11 +140,7 @@ class ConvNormAct(nn.Module):
             if drop_layer is not None:
                 self.bn.add_module("drop", drop_layer())
             self._act = nn.Identity()
-        self.aa = (
-            aa_layer(channels=out_channels, stride=stride)
-            if aa_layer is not None and anti_aliased
-            else None
-        )
+        self.aa = None if aa_layer is None else create_aa(aa_layer, out_channels, stride)
 
     @property
     def in_channels(self) -> int:

@@ -11,7 +11,9 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..kernels import batch_norm_act, batch_norm_act_pool, scale_bias_act
-from ._act import ActLayer, create_act, fusible_act, has_hooks
+from ._act import ActLayer, by_name, create_act, fusible_act, has_hooks
+from ._drop import drop_add, is_idle
+from .layer_norm import LayerNorm2d
 
 NormLayer = Callable[..., nn.Module]
 
@@ -58,12 +60,18 @@ class _FusesAct:
     drop: nn.Module
     act: nn.Module
 
-    def _pooled_act(self, x: Tensor, residual: Tensor | None, pool: nn.Module | None) -> str | None:
+    def _chosen_drop(self, drop: nn.Module | None) -> nn.Module:
+        """Return `drop`, or the norm's own for None and for the proxy of an argument left out."""
+        return drop if isinstance(drop, nn.Module) else self.drop
+
+    def _pooled_act(
+        self, x: Tensor, residual: Tensor | None, pool: nn.Module | None, drop: nn.Module
+    ) -> str | None:
         """Return the activation if `pool` can run in one op with all before it, or None.
 
         A traced graph keeps the pool: feature extractors ask for it by its name.
         """
-        if pool is None or residual is not None or type(self.drop) is not nn.Identity:
+        if pool is None or residual is not None or not is_idle(drop):
             return None
         if isinstance(x, torch.fx.Proxy) or not _fuses_pool(pool):
             return None
@@ -76,23 +84,24 @@ class _FusesAct:
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        drop: nn.Module,
         **kwargs: Any,
     ) -> Tensor:
-        fused = fusible_act(self.act) if type(self.drop) is nn.Identity else None
+        fused = fusible_act(self.act) if is_idle(drop) else None
         if fused is not None:
             return op(x, weight, bias, residual, fused, **kwargs)
-        y = self.drop(op(x, weight, bias, **kwargs))
-        return self.act(y if residual is None else y + residual)
+        return self.act(drop_add(drop, op(x, weight, bias, **kwargs), residual))
 
 
 class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
     """`act(drop(batch_norm(x)) + residual)`: `torch.nn.BatchNorm2d` that ends in an activation.
 
     Signature, attributes and `state_dict` keys of timm's module of this name; `forward` also takes
-    the residual that a block adds before its last activation, and the pool that a stem ends in.
-    Everything runs as one op (`vertebra.kernels.batch_norm_act`, or `scale_bias_act` when the
-    stored statistics are used; `batch_norm_act_pool` with `nn.MaxPool2d(3, 2, 1)`) unless
-    `drop_layer` does something or the activation or the pool is one the ops do not know.
+    the residual that a block adds before its last activation, the pool that a stem ends in, and a
+    drop in place of its own. Everything runs as one op (`vertebra.kernels.batch_norm_act`, or
+    `scale_bias_act` when the stored statistics are used; `batch_norm_act_pool` with
+    `nn.MaxPool2d(3, 2, 1)`) unless the drop does something or the activation or the pool is one the
+    ops do not know. A `DropPath` that drops is one op with the add (`drop_path_add`).
 
     Args:
         num_features: C of the (N, C, H, W) input.
@@ -104,7 +113,7 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
         act_layer: class, name or None.
         act_kwargs: passed to the activation.
         inplace: passed to the activation; the fused op needs no such choice.
-        drop_layer: module class called between norm and activation (DropBlock).
+        drop_layer: module class called between norm and activation (`DropBlock2d`, `DropPath`).
         device: of the parameters.
         dtype: of the parameters.
 
@@ -138,9 +147,14 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        pool: nn.Module | None = None,
+        drop: nn.Module | None = None,
     ) -> Tensor:
-        fused = self._pooled_act(x, residual, pool)
+        drop = self._chosen_drop(drop)
+        fused = self._pooled_act(x, residual, pool, drop)
         if not self.training and self.running_mean is not None:
             if fused is not None:
                 return batch_norm_act_pool(
@@ -152,7 +166,7 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
                 )
             y = self._run(
                 scale_bias_act,
-                *(x, self.weight, self.bias, residual),
+                *(x, self.weight, self.bias, residual, drop),
                 mean=self.running_mean,
                 var=self.running_var,
                 eps=self.eps,
@@ -172,7 +186,7 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
         if fused is not None:
             y = batch_norm_act_pool(x, self.weight, self.bias, fused, **statistics)
         else:
-            y = self._run(batch_norm_act, x, self.weight, self.bias, residual, **statistics)
+            y = self._run(batch_norm_act, x, self.weight, self.bias, residual, drop, **statistics)
         if counter is not None:
             y = _counted(y, counter)
         return y if fused is not None else _pooled(y, pool)
@@ -220,9 +234,14 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        pool: nn.Module | None = None,
+        drop: nn.Module | None = None,
     ) -> Tensor:
-        fused = self._pooled_act(x, residual, pool)
+        drop = self._chosen_drop(drop)
+        fused = self._pooled_act(x, residual, pool, drop)
         if fused is not None:
             return batch_norm_act_pool(
                 *(x, self.weight, self.bias, fused),
@@ -233,7 +252,7 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
             )
         y = self._run(
             scale_bias_act,
-            *(x, self.weight, self.bias, residual),
+            *(x, self.weight, self.bias, residual, drop),
             mean=self.running_mean,
             var=self.running_var,
             eps=self.eps,
@@ -242,6 +261,24 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
+
+
+def _group_norm(num_channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, num_channels)
+
+
+def _group_norm1(num_channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(1, num_channels)
+
+
+_BY_NAME: dict[str, NormLayer] = {
+    "batchnorm": BatchNormAct2d,
+    "batchnorm2d": BatchNormAct2d,
+    "frozenbatchnorm2d": FrozenBatchNormAct2d,
+    "groupnorm": _group_norm,
+    "groupnorm1": _group_norm1,
+    "layernorm2d": LayerNorm2d,
+}
 
 
 def create_norm_act(
@@ -254,16 +291,15 @@ def create_norm_act(
 ) -> nn.Module:
     """Build the norm of a conv-norm-act unit.
 
-    `nn.BatchNorm2d` (also as a `functools.partial`, by the name "batchnorm2d", or None) becomes
-    `BatchNormAct2d`; this library's norms are used as they are; any other callable is called with
-    `num_features` and stays a bare norm, which `norm_act` follows by the add and the activation.
+    `nn.BatchNorm2d` (also as a `functools.partial`, or None) becomes `BatchNormAct2d`; this
+    library's norms are used as they are; any other callable is called with `num_features` and stays
+    a bare norm, which `norm_act` follows by the add and the activation.
+
+    Of timm's names "batchnorm2d", "frozenbatchnorm2d", "groupnorm" (of 32 groups), "groupnorm1" and
+    "layernorm2d" are known.
     """
     if isinstance(norm_layer, str):
-        if norm_layer.lower() not in ("batchnorm", "batchnorm2d"):
-            raise ValueError(
-                f"norm_layer must be 'batchnorm2d', a class or a callable; got {norm_layer!r}"
-            )
-        norm_layer = None
+        norm_layer = by_name("norm_layer", norm_layer, _BY_NAME)
     base: Any = norm_layer or BatchNormAct2d
     args: tuple[Any, ...] = ()
     if isinstance(base, partial):
@@ -285,17 +321,17 @@ def norm_act(
     act: nn.Module,
     residual: Tensor | None = None,
     pool: nn.Module | None = None,
+    drop: nn.Module | None = None,
 ) -> Tensor:
-    """Return `pool(act(norm(x) + residual))` for what stands where a fused norm was built.
+    """Return `pool(act(drop(norm(x)) + residual))` for what stands where a fused norm was built.
 
     That may be one of this library's norms, which carries the activation itself, or a bare one:
     another `norm_layer`, or what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` put in its place.
     """
     if isinstance(norm, _FusesAct):
         if pool is not None and not has_hooks(norm):  # a hook is promised what the norm returns
-            return norm(x, residual, pool)
-        y = norm(x, residual)
+            return norm(x, residual, pool, drop)
+        y = norm(x, residual, drop=drop)
     else:
-        y = norm(x)
-        y = act(y if residual is None else y + residual)
+        y = act(drop_add(drop, norm(x), residual))
     return _pooled(y, pool)

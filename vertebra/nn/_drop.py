@@ -1,0 +1,33 @@
+"""What may stand between the last norm of a residual branch and the add: dropping, or nothing."""
+
+from __future__ import annotations
+
+import torch.fx
+from torch import Tensor, nn
+
+from ..kernels import drop_path_add
+from ._act import has_hooks
+from .drop_block import DropBlock2d
+from .drop_path import DropPath
+
+torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
+
+
+def is_idle(drop: nn.Module | None) -> bool:
+    """Return whether `drop` returns what it is given, and nobody watches it."""
+    if drop is None:
+        return True
+    if type(drop) is DropPath or type(drop) is DropBlock2d:
+        return not (drop.training and drop.drop_prob) and not has_hooks(drop)
+    return type(drop) is nn.Identity and not has_hooks(drop)
+
+
+def drop_add(drop: nn.Module | None, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Return `drop(x) + residual`, of x's shape: one op where `drop` is stochastic depth."""
+    if drop is not None and not is_idle(drop):
+        if residual is not None and type(drop) is DropPath and not has_hooks(drop):
+            return drop_path_add(
+                x, residual, drop_prob=drop.drop_prob, scale_by_keep=drop.scale_by_keep
+            )
+        x = drop(x)
+    return x if residual is None else x + residual.expand_as(x)
