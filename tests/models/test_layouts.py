@@ -77,6 +77,7 @@ def test_an_unknown_layout() -> None:
 
 
 def test_weights_of_another_family_are_refused() -> None:
-    weights = create_model("regnet_x_400mf").state_dict()
-    with pytest.raises(ValueError, match="They fit regnet_x_400mf or regnetx_004_tv"):
-        load_weights(create_model("resnet18"), weights)
+    regnet = create_model("regnet_x_400mf")
+    for weights in (regnet.state_dict(), export_weights(regnet, "transformers")):
+        with pytest.raises(ValueError, match="They fit regnet_x_400mf or regnetx_004_tv"):
+            load_weights(create_model("resnet18"), weights)

@@ -314,7 +314,7 @@ def test_matches_transformers(options, first_stage, in_bottleneck, transformers,
 
 @pytest.mark.usefixtures("no_initialisation")
 def test_builds_on_the_meta_device_without_a_tensor_in_memory():
-    for name in list_models():
+    for name in list_models()[::9]:  # the comparisons of keys build all of them there
         model = build_on_meta(create_model, name)
         assert all(value.is_meta for value in model.state_dict().values())
 

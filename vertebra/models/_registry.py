@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from ._features import Indices
 from ._network import Network
@@ -49,6 +49,13 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     """
     names = sorted(name for name in _builders if fnmatchcase(name, pattern))
     return [name for name in names if weights_of(name)] if pretrained else names
+
+
+def family_of(name: str) -> str | None:
+    """Return the family of a model, None where its builder does not say what it returns."""
+    builder: Any = _builders[name]
+    built = get_type_hints(getattr(builder, "func", builder)).get("return")
+    return getattr(built, "family", None)
 
 
 def create_model(

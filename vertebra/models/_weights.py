@@ -20,7 +20,7 @@ from ._hub import download, in_folder, is_repository
 from ._layouts import export, recognise
 from ._network import Network
 from ._pretrained import Weights, get_weight
-from ._registry import create_model, list_models
+from ._registry import create_model, family_of, list_models
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Weights
 
@@ -228,17 +228,30 @@ def _explain(differences: Mapping[str, str], classifier: str, weights: Mapping[s
 def _fitting_models(weights: Mapping[str, Tensor]) -> list[str]:
     """Return the models that have these weights, but for image channels and classes."""
     names: list[str] = []
-    for name in list_models():
-        with suppress(Exception):  # a hint never hides the error it is for
-            own, stem, classifier = _layout(name)
-            if all(key == stem or key.startswith(classifier) for key in _differences(own, weights)):
+    with suppress(Exception):  # a hint never hides the error it is for
+        best = max(_SMALLEST, key=lambda family: _known(_SMALLEST[family], weights))
+        for name in list_models():  # of one family: to build all takes long
+            if family_of(name) not in (best, None):
+                continue
+            own, stem, classifier, family = _layout(name)
+            found = _reshape(recognise(own.keys(), weights, family), own)
+            if all(key == stem or key.startswith(classifier) for key in _differences(own, found)):
                 names.append(name)
     return names
 
 
+_SMALLEST = {"resnet": "resnet18", "regnet": "regnet_x_400mf", "convnext": "convnext_atto"}
+
+
+def _known(name: str, weights: Mapping[str, Tensor]) -> int:
+    """Return how many of the weights a model has, in some layout."""
+    own, _, _, family = _layout(name)
+    return len(recognise(own.keys(), weights, family).keys() & own.keys())
+
+
 @cache
-def _layout(name: str) -> tuple[dict[str, Tensor], str, str]:
-    """Return the state dict of a model, without memory, and its keys for stem and classifier."""
+def _layout(name: str) -> tuple[dict[str, Tensor], str, str, str]:
+    """Return a model's state dict, without memory, its stem's key, classifier and family."""
     with torch.device("meta"):
         model = create_model(name)
-    return model.state_dict(), _stem(model), _classifier(model)[0]
+    return model.state_dict(), _stem(model), _classifier(model)[0], model.family
