@@ -1,8 +1,6 @@
 """ConvNeXt and V2: timm's keys, seeds and numbers, and those of torchvision and transformers."""
 
 import copy
-import io
-import pickle
 import re
 from functools import partial
 from typing import Any
@@ -26,7 +24,13 @@ from vertebra.models import (
 from vertebra.models._convnext_config import CONFIGS
 from vertebra.models._layouts import export
 from vertebra.nn import DropPathAdd
-from vertebra.testing.parity import assert_same_state, build_on_meta, relative_error, share_weights
+from vertebra.testing.parity import (
+    assert_same_state,
+    build_on_meta,
+    copies,
+    relative_error,
+    share_weights,
+)
 
 TORCHVISION = ["convnext_tiny", "convnext_small", "convnext_base", "convnext_large"]
 SMALL = {"depths": (1, 2, 1, 1), "dims": (16, 24, 32, 40), "num_classes": 10}
@@ -561,14 +565,7 @@ def test_keeps_channels_last(conv_mlp, randomize):
 def test_copies_and_pickles(randomize):
     model = randomize(small(stem_type="overlap_act", head_hidden_size=8, **V2)).eval()
     x = images()
-    saved = io.BytesIO()
-    torch.save(model, saved)
-    saved.seek(0)
-    for other in (
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(saved, weights_only=False),
-    ):
+    for other in copies(model):
         assert other.config == model.config
         assert torch.equal(other(x), model(x))
 

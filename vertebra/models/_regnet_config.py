@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..nn import ActLayer, NormLayer
+from ._config import requirement
 
 
 class Block(NamedTuple):
@@ -118,11 +119,7 @@ class RegNetConfig:
         self._check()
 
     def _check(self) -> None:
-        def require(holds: bool, names: str, rule: str) -> None:
-            if not holds:
-                got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
-                raise ValueError(f"RegNetConfig: {rule}; got {got}")
-
+        require = requirement(self)
         for name in ("in_chans", "stem_width", "group_width"):
             require(getattr(self, name) >= 1, name, f"{name} must be at least 1")
         for name in ("num_classes", "num_features"):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..nn import AaLayer, ActLayer, AttnLayer, NormLayer, SqueezeExcite
+from ._config import requirement
 
 
 class Stage(NamedTuple):
@@ -106,11 +107,7 @@ class ResNetConfig:
         self._check()
 
     def _check(self) -> None:
-        def require(holds: bool, names: str, rule: str) -> None:
-            if not holds:
-                got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
-                raise ValueError(f"ResNetConfig: {rule}; got {got}")
-
+        require = requirement(self)
         for name in ("in_chans", "groups", "width_per_group", "stem_width", "block_reduce_first"):
             require(getattr(self, name) >= 1, name, f"{name} must be at least 1")
         require(self.num_classes >= 0, "num_classes", "num_classes must be 0 (none) or more")

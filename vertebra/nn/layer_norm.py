@@ -25,6 +25,15 @@ def _layer_norm_nhwc(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
     return layer_norm_2d(x.permute(0, 3, 1, 2), weight, bias, eps).permute(0, 2, 3, 1)
 
 
+def check_data_format(data_format: str) -> None:
+    """Raise transformers' error for an order of dimensions that is neither of its two."""
+    if data_format not in ("channels_first", "channels_last"):
+        raise NotImplementedError(
+            f"Unsupported data format: {data_format}; "
+            "it must be 'channels_first' or 'channels_last'"
+        )
+
+
 class LayerNorm2d(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the channels of each pixel of an (N, C, H, W) tensor.
 
@@ -60,11 +69,7 @@ class LayerNorm2d(nn.LayerNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if data_format not in ("channels_first", "channels_last"):
-            raise NotImplementedError(
-                f"Unsupported data format: {data_format}; "
-                "it must be 'channels_first' or 'channels_last'"
-            )
+        check_data_format(data_format)
         super().__init__(num_channels, eps, affine, bias, device=device, dtype=dtype)
         self.data_format = data_format
 

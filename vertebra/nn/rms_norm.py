@@ -8,6 +8,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .layer_norm import check_data_format
+
 
 def _scaled(
     x: Tensor, weight: Tensor | None, eps: float, channels_last: bool, centred: bool
@@ -62,11 +64,7 @@ class RmsNorm2d(nn.RMSNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if data_format not in ("channels_first", "channels_last"):
-            raise NotImplementedError(
-                f"Unsupported data format: {data_format}; "
-                "it must be 'channels_first' or 'channels_last'"
-            )
+        check_data_format(data_format)
         super().__init__(num_channels, eps, affine, device=device, dtype=dtype)
         self.data_format = data_format
 

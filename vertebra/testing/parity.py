@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -65,3 +68,23 @@ def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
     assert expected is not None
     difference, largest = (actual - expected).abs().max(), expected.abs().max()
     return (difference / largest.clamp_min(1e-30)).item()
+
+
+def copies(model: Module) -> Iterator[Module]:
+    """Yield copies of a model, made in every way that Python and PyTorch have."""
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    yield torch.load(saved, weights_only=False)
+
+
+def assert_frozen(model: nn.Module, x: Tensor) -> None:
+    """Require that training changes no norm, and that every parameter gets a gradient."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = model.eval()(x)
+    assert torch.equal(model.train()(x), expected)
+    model(x).sum().backward()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is not None for parameter in model.parameters())
