@@ -7,12 +7,14 @@ from .conv_norm_act import ConvNormAct, create_conv2d
 from .drop_block import DropBlock2d
 from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .eca import EcaModule
+from .freeze import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from .global_avg_pool import GlobalAvgPool2d
 from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
 from .layer_norm import LayerNorm2d
 from .norm_act import (
     BatchNormAct2d,
+    FrozenBatchNorm2d,
     FrozenBatchNormAct2d,
     NormLayer,
     create_norm_act,
@@ -20,6 +22,7 @@ from .norm_act import (
 )
 from .rms_norm import RmsNorm2d, SimpleNorm2d
 from .squeeze_excite import SqueezeExcite
+from .sync import SyncBatchNormAct2d, convert_sync_batchnorm
 
 __all__ = [
     "AaLayer",
@@ -32,6 +35,7 @@ __all__ = [
     "DropPath",
     "DropPathAdd",
     "EcaModule",
+    "FrozenBatchNorm2d",
     "FrozenBatchNormAct2d",
     "GlobalAvgPool2d",
     "GlobalPool2d",
@@ -43,7 +47,9 @@ __all__ = [
     "RmsNorm2d",
     "SimpleNorm2d",
     "SqueezeExcite",
+    "SyncBatchNormAct2d",
     "attn_act",
+    "convert_sync_batchnorm",
     "create_aa",
     "create_aa_max_pool",
     "create_act",
@@ -51,6 +57,8 @@ __all__ = [
     "create_conv2d",
     "create_global_pool",
     "create_norm_act",
+    "freeze_batch_norm_2d",
     "norm_act",
     "pooled_channels",
+    "unfreeze_batch_norm_2d",
 ]

@@ -192,18 +192,56 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
         return y if fused is not None else _pooled(y, pool)
 
 
-class FrozenBatchNormAct2d(_FusesAct, nn.Module):
-    """`BatchNormAct2d` whose statistics, weight and bias are constants (four buffers).
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics, weight and bias are constants (four buffers).
 
-    Signature and `state_dict` keys of timm's module of this name, and the keys of torchvision's
-    `FrozenBatchNorm2d`; a `num_batches_tracked` in a checkpoint is dropped. Runs as
-    `vertebra.kernels.scale_bias_act`, whose backward pass then keeps the output and not the input.
+    Signature and `state_dict` keys of torchvision's module of this name; a `num_batches_tracked` in
+    a checkpoint is dropped. Runs as `vertebra.kernels.scale_bias_act`, whose backward pass then
+    keeps the output and not the input.
     """
 
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        for name, fill in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(
+                name, torch.full((num_features,), float(fill), device=device, dtype=dtype)
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scale_bias_act(
+            *(x, self.weight, self.bias),
+            mean=self.running_mean,
+            var=self.running_var,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+class FrozenBatchNormAct2d(_FusesAct, FrozenBatchNorm2d):
+    """`BatchNormAct2d` whose statistics, weight and bias are constants (four buffers).
+
+    Signature and `state_dict` keys of timm's module of this name; a `FrozenBatchNorm2d` that ends
+    in an activation and takes the residual and the pool that `BatchNormAct2d` takes.
+    """
 
     def __init__(
         self,
@@ -217,21 +255,11 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        for name, fill in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            self.register_buffer(
-                name, torch.full((num_features,), float(fill), device=device, dtype=dtype)
-            )
+        super().__init__(num_features, eps, device, dtype)
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
         self.act = create_act(
             act_layer if apply_act else None, inplace=inplace, act_kwargs=act_kwargs
         )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -258,9 +286,6 @@ class FrozenBatchNormAct2d(_FusesAct, nn.Module):
             eps=self.eps,
         )
         return _pooled(y, pool)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}"
 
 
 def _group_norm(num_channels: int) -> nn.GroupNorm:
