@@ -1,5 +1,6 @@
 """The models, the registry that builds them by name, and the loading of their weights."""
 
+from ._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from ._pretrained import ENUMS, Weights, get_weight
 from ._registry import create_model, list_models, register_model
 from ._transforms import ImageTransform
@@ -76,6 +77,8 @@ __all__ = [
     "get_weight",
     "list_models",
     "load_weights",
+    "param_groups_layer_decay",
+    "param_groups_weight_decay",
     "register_model",
     "regnet_x_1_6gf",
     "regnet_x_3_2gf",

@@ -9,8 +9,9 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import create_global_pool, pooled_channels
+from ..nn import CheckpointSequential, create_global_pool, pooled_channels
 from ._features import FeatureInfo, Indices, take_indices
+from ._param_groups import Matcher
 
 
 def _check_image(x: Tensor, channels: int | None, family: str) -> None:
@@ -86,6 +87,10 @@ class Network(nn.Module):
     def state_channels(self) -> list[int]:
         """Return the channels of what leaves the stem and each stage."""
         return [self.config.stem_channels, *self.config.channels[: len(self.stage_names)]]
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        """Return which layer each parameter belongs to, a block or if `coarse` a stage, as timm."""
+        raise NotImplementedError
 
     def drop_neck(self) -> None:
         """Make `forward_neck` return what it is given."""
@@ -256,3 +261,19 @@ class Network(nn.Module):
         if dropped or prune_head:
             self.drop_head()
         return wanted
+
+    # ------------------------------------------------------------------------------- the training
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep of each block its input alone, and compute the rest again in the backward pass.
+
+        Memory for time: the gradients are the same, random numbers too, and the statistics of batch
+        norms count each batch once.
+        """
+        for module in self.modules():
+            if isinstance(module, CheckpointSequential):
+                module.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Return names of parameters that should not decay, beside vectors: none, as in timm."""
+        return set()

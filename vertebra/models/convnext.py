@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import (
+    CheckpointSequential,
     DropPathAdd,
     GlobalAvgPool2d,
     GlobalResponseNorm,
@@ -40,6 +41,7 @@ from ..nn import (
 from ._convnext_config import CONFIGS, SYNONYMS, ConvNeXtConfig, Stage
 from ._features import feature
 from ._network import Network
+from ._param_groups import WITH_PREVIOUS, Matcher
 from ._registry import list_models, override, register_model
 from ._weights import Source, load_weights
 
@@ -162,7 +164,7 @@ class ConvNeXtStage(nn.Module):
             if stage.downsamples
             else nn.Identity()
         )
-        self.blocks = nn.Sequential(
+        self.blocks = CheckpointSequential(
             *(
                 ConvNeXtBlock(config, stage.out_channels, stage.kernel_size, stage.dilation, rate)
                 for rate in stage.drop_path_rates
@@ -281,6 +283,19 @@ class ConvNeXt(Network):
     @property
     def stem_conv(self) -> nn.Module:
         return self.stem[0]
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        stage = r"^stages\.(\d+)"
+        if coarse:
+            return {"stem": r"^stem", "blocks": stage}
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (stage + r"\.downsample", (0,)),
+                (stage + r"\.blocks\.(\d+)", None),
+                (r"^norm_pre", WITH_PREVIOUS),
+            ],
+        }
 
     def forward_stem(self, x: Tensor) -> Tensor:
         if self.config.stem_type == "patch":

@@ -20,9 +20,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import DropPathAdd, SqueezeExcite, create_act, create_conv2d, create_norm_act, norm_act
+from ..nn import (
+    CheckpointSequential,
+    DropPathAdd,
+    SqueezeExcite,
+    create_act,
+    create_conv2d,
+    create_norm_act,
+    norm_act,
+)
 from ._features import feature
 from ._network import Network
+from ._param_groups import Matcher
 from ._registry import list_models, override, register_model
 from ._regnet_config import CONFIGS, SYNONYMS, Block, RegNetConfig
 from ._weights import Source, load_weights
@@ -207,7 +216,7 @@ class RegNet(Network):
         build = PreActBlock if config.preact else ResBottleneckBlock
         reduction = 2
         for i, blocks in enumerate(config.stages(), 1):
-            stage = nn.Sequential()
+            stage = CheckpointSequential()
             for j, block in enumerate(blocks):
                 stage.add_module(f"block{i}-{j}", build(config, block))
                 reduction *= block.stride
@@ -249,6 +258,10 @@ class RegNet(Network):
     @property
     def stem_conv(self) -> nn.Module:
         return self.stem[0] if isinstance(self.stem, nn.Sequential) else self.stem
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        stage = r"^trunk_output\.block(\d+)"
+        return {"stem": r"^stem", "blocks": stage if coarse else stage + r"\.block\d+-(\d+)"}
 
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.stem(x)

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn import (
+    CheckpointSequential,
     DropBlock2d,
     DropPath,
     attn_act,
@@ -33,6 +34,7 @@ from ..nn import (
 )
 from ._features import feature
 from ._network import Network
+from ._param_groups import Matcher
 from ._registry import list_models, override, register_model
 from ._resnet_config import CONFIGS, SYNONYMS, ResNetConfig, Stage
 from ._weights import Source, load_weights
@@ -239,7 +241,7 @@ def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
         )
         in_channels, shortcut = stage.out_channels, None
         stride, first_dilation = 1, stage.dilation
-    return nn.Sequential(*blocks)
+    return CheckpointSequential(*blocks)
 
 
 class ResNet(Network):
@@ -287,6 +289,10 @@ class ResNet(Network):
     @property
     def stem_conv(self) -> nn.Module:
         return self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        return {"stem": r"^(?:conv1|bn1|maxpool)", "blocks": blocks}
 
     def forward_stem(self, x: Tensor) -> Tensor:
         return norm_act(self.bn1, self.conv1(x), self.relu, pool=self.maxpool)

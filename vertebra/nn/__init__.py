@@ -3,6 +3,7 @@
 from ._act import ActLayer, create_act
 from ._attn import AttnLayer, attn_act, create_attn
 from .blur_pool import AaLayer, BlurPool2d, create_aa, create_aa_max_pool
+from .checkpoint import CheckpointSequential
 from .conv_norm_act import ConvNormAct, create_conv2d
 from .drop_block import DropBlock2d
 from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
@@ -30,6 +31,7 @@ __all__ = [
     "AttnLayer",
     "BatchNormAct2d",
     "BlurPool2d",
+    "CheckpointSequential",
     "ConvNormAct",
     "DropBlock2d",
     "DropPath",
