@@ -96,4 +96,5 @@ def test_what_follows_the_synchronised_norm(two_processes, monkeypatch) -> None:
     x, residual = torch.randn(2, 2, 8, 6, 6)
     y = F.relu(F.softplus(x - 0.5) - residual)
     assert torch.equal(norm(x, -residual), y)
+    assert torch.equal(norm(x, drop=nn.Tanh()), F.relu(torch.tanh(x - 0.5)))
     assert torch.equal(norm(x, -residual, nn.MaxPool2d(3, 2, 1)), F.max_pool2d(y, 3, 2, 1))

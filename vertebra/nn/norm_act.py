@@ -240,7 +240,7 @@ class FrozenBatchNormAct2d(_FusesAct, FrozenBatchNorm2d):
     """`BatchNormAct2d` whose statistics, weight and bias are constants (four buffers).
 
     Signature and `state_dict` keys of timm's module of this name; a `FrozenBatchNorm2d` that ends
-    in an activation and takes the residual and the pool that `BatchNormAct2d` takes.
+    in an activation and takes the residual, the pool and the drop that `BatchNormAct2d` takes.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed
 from torch import Tensor, nn
 
+from ._drop import drop_add
 from ._replace import replace_modules, share_hooks
 from .norm_act import BatchNormAct2d
 
@@ -15,7 +16,7 @@ class SyncBatchNormAct2d(BatchNormAct2d, nn.SyncBatchNorm):
     """`BatchNormAct2d` that trains with the statistics of all processes of a group.
 
     Where there is one process, and in eval mode, it is a `BatchNormAct2d`. Else the normalisation
-    is `torch.nn.SyncBatchNorm`'s, which needs a GPU; residual, activation and pool follow it.
+    is `torch.nn.SyncBatchNorm`'s, which needs a GPU; drop, residual, activation and pool follow it.
 
     Args:
         num_features: C of the (N, C, H, W) input.
@@ -34,12 +35,16 @@ class SyncBatchNormAct2d(BatchNormAct2d, nn.SyncBatchNorm):
         return distributed.get_world_size(self.process_group) > 1
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        pool: nn.Module | None = None,
+        drop: nn.Module | None = None,
     ) -> Tensor:
         if not self._has_peers():
-            return super().forward(x, residual, pool)
-        y = self.drop(nn.SyncBatchNorm.forward(self, x))
-        y = self.act(y if residual is None else y + residual)
+            return super().forward(x, residual, pool, drop)
+        y = nn.SyncBatchNorm.forward(self, x)
+        y = self.act(drop_add(self._chosen_drop(drop), y, residual))
         return y if pool is None else pool(y)
 
 
