@@ -30,9 +30,14 @@ from vertebra.models._param_groups import number_layers
 
 
 def resnet(**options: Any) -> ResNet:
-    return ResNet(
-        ResNetConfig("bottleneck", (2, 1), hidden_sizes=(32, 64), num_classes=5, **options)
-    )
+    widths = {"hidden_sizes": (32, 64), "num_classes": 5}
+    return ResNet(ResNetConfig("bottleneck", (2, 1), **widths, **options))
+
+
+def seresnet() -> ResNet:
+    widths = {"hidden_sizes": (16, 16, 32, 32), "num_classes": 5}
+    rates = {"drop_path_rate": 0.5, "drop_block_rate": 0.2}
+    return ResNet(ResNetConfig("basic", (1, 1, 2, 1), attn_layer="se", **widths, **rates))
 
 
 def regnet() -> RegNet:
@@ -55,7 +60,7 @@ def convnext(use_grn: bool = True) -> ConvNeXt:
     )
 
 
-FAMILIES = [resnet, regnet, convnext]
+FAMILIES = [resnet, seresnet, regnet, convnext]
 
 
 def step(
@@ -199,13 +204,25 @@ def test_hooks_see_stages_and_blocks_when_checkpointing(pair):
     assert seen[0] == seen[1] != []
 
 
-def test_features_and_heads_checkpoint_too(pair):
-    model, twin = pair
+def test_feature_extractors_checkpoint_too(pair):
     x = torch.randn(4, 3, 33, 45)
+    results: list[dict[str, Tensor]] = []
     for network in pair:
         network.keep_features()
-        network.feature_sum = lambda x, n=network: sum(f.mean() for f in n(x))
-    assert_same(step(twin, x, twin.feature_sum), step(model, x, model.feature_sum))
+        results.append(step(network, x, lambda x, n=network: sum(f.mean() for f in n(x))))
+    assert_same(*results)
+
+
+@pytest.mark.thorough
+def test_checkpointing_on_kernels(randomize, device):
+    model = randomize(ResNet(ResNetConfig("basic", (1,), hidden_sizes=(8,), num_classes=5)))
+    model.to(device).train()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    x = torch.randn(2, 3, 9, 9, device=device)
+    with vertebra.backend("triton"):
+        expected = step(model, x)
+        assert_same(step(twin, x), expected)
 
 
 # parameter groups
