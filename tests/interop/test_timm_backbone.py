@@ -26,7 +26,7 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"out_indices": (1, 3)}, {"out_indices": (-2,), "output_stride": 16}],
@@ -49,7 +49,7 @@ def test_matches_transformers(name, options, timm, transformers):
         assert found.hidden_states is None
         (maps,) = ours(x, return_dict=False)
         assert all(map(torch.equal, maps, expected.feature_maps))
-        if name == "convnext_atto":  # hidden states of which transformers does not find
+        if name == "test_convnext":  # hidden states of which transformers does not find
             return
         expected = peer(x, output_hidden_states=True)
         maps, states = ours(x, output_hidden_states=True, return_dict=False)
@@ -62,8 +62,8 @@ def test_matches_transformers(name, options, timm, transformers):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("convnext_atto", 64),
-        ("resnet10t", 64),
+        ("test_convnext", 64),
+        ("test_resnet", 64),
         pytest.param("vit_tiny_patch16_224", 224, marks=pytest.mark.thorough),
     ],
 )
@@ -84,9 +84,9 @@ def test_hidden_states_are_all_features_up_to_the_last(name, size, features_only
 
 
 def test_the_whole_model_keeps_timms_keys(timm):
-    whole = TimmBackbone("convnext_atto", features_only=False).state_dict()
+    whole = TimmBackbone("test_convnext", features_only=False).state_dict()
     assert [key.removeprefix("_backbone.") for key in whole] == list(
-        timm.create_model("convnext_atto").state_dict()
+        timm.create_model("test_convnext").state_dict()
     )
 
 
@@ -104,9 +104,9 @@ def test_a_model_of_its_own_kind(timm):
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_freezes_as_transformers_and_thaws_whole(at_once, timm, transformers):
-    config = transformers.TimmBackboneConfig(backbone="resnet10t", freeze_batch_norm_2d=True)
+    config = transformers.TimmBackboneConfig(backbone="test_resnet", freeze_batch_norm_2d=True)
     peer = randomised(transformers.TimmBackbone(config)).train()
-    ours = TimmBackbone("resnet10t", freeze_batch_norm_2d=at_once).train()
+    ours = TimmBackbone("test_resnet", freeze_batch_norm_2d=at_once).train()
     if not at_once:
         ours.freeze_batch_norm_2d()
     assert list(ours.state_dict()) == list(peer.state_dict())
@@ -116,7 +116,7 @@ def test_freezes_as_transformers_and_thaws_whole(at_once, timm, transformers):
     torch.testing.assert_close(ours(x).feature_maps, peer(x).feature_maps, rtol=1e-4, atol=1e-4)
     ours.unfreeze_batch_norm_2d()
     norms = [m for m in ours.modules() if isinstance(m, nn.BatchNorm2d)]
-    built = TimmBackbone("resnet10t").modules()
+    built = TimmBackbone("test_resnet").modules()
     assert [m.momentum for m in norms] == [
         m.momentum for m in built if isinstance(m, nn.BatchNorm2d)
     ]
@@ -125,7 +125,7 @@ def test_freezes_as_transformers_and_thaws_whole(at_once, timm, transformers):
 
 
 def test_copies_and_compiles(timm):
-    model = randomised(TimmBackbone("resnet10t", out_indices=(1, 3), freeze_batch_norm_2d=True))
+    model = randomised(TimmBackbone("test_resnet", out_indices=(1, 3), freeze_batch_norm_2d=True))
     x = images()
     expected = model(x).feature_maps
     assert all(map(torch.equal, copy.deepcopy(model)(x).feature_maps, expected))
@@ -136,12 +136,12 @@ def test_copies_and_compiles(timm):
 @pytest.mark.parametrize("indices", [(3, 1), (1, 1), (1, -4), (5,), (-6,), ()])
 def test_features_exist_and_stand_in_order(indices, timm):
     with pytest.raises(ValueError, match="out_indices"):
-        TimmBackbone("resnet10t", out_indices=indices)
+        TimmBackbone("test_resnet", out_indices=indices)
 
 
 def test_refuses(timm):
     with pytest.raises(ValueError, match="cannot return attentions"):
-        TimmBackbone("resnet10t")(images(), output_attentions=True)
+        TimmBackbone("test_resnet")(images(), output_attentions=True)
     with pytest.raises(ValueError, match="timm has no model 'resnet11'"):
         TimmBackbone("resnet11")
 
@@ -149,4 +149,4 @@ def test_refuses(timm):
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="pip install timm"):
-        TimmBackbone("resnet10t")
+        TimmBackbone("test_resnet")

@@ -252,7 +252,7 @@ def settings(groups: list[dict[str, Any]], model: nn.Module) -> dict[str, tuple[
     }
 
 
-@pytest.fixture(params=TIMM)
+@pytest.fixture(params=TIMM, scope="module")
 def with_peer(request, timm) -> Iterator[tuple[Network, nn.Module, dict[str, str]]]:
     """A model of ours, timm's of the same name, and the names that timm gives our parameters."""
     with torch.device("meta"):

@@ -132,7 +132,7 @@ def test_model_there_and_back(build: Callable[[], nn.Module]) -> None:
 @pytest.mark.parity
 def test_timm_model_freezes_as_with_timm() -> None:
     timm = pytest.importorskip("timm")
-    theirs = randomised(timm.create_model("regnety_002", num_classes=5))
+    theirs = randomised(timm.create_model("test_byobnet", num_classes=5))
     ours = copy.deepcopy(theirs)
     timm.utils.model.freeze_batch_norm_2d(theirs)
     freeze_batch_norm_2d(ours)

@@ -55,7 +55,7 @@ def test_one_process_gives_the_same_bits(training: bool) -> None:
 @pytest.mark.parity
 def test_converts_timm_as_timm_does() -> None:
     timm = pytest.importorskip("timm")
-    theirs = timm.create_model("regnety_002", num_classes=5).eval()
+    theirs = timm.create_model("test_byobnet", num_classes=5).eval()
     ours = convert_sync_batchnorm(copy.deepcopy(theirs))
     theirs = timm.layers.convert_sync_batchnorm(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict())
