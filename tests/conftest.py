@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
@@ -52,3 +54,34 @@ def _nothing_replayed() -> None:
     replay = sys.modules.get("vertebra.kernels._triton._replay")
     if replay is not None:
         replay.forget()
+
+
+@pytest.fixture
+def eager_on_one_thread() -> Iterator[None]:
+    """Plain PyTorch, for what does not test kernels: the interpreter is slow, images are small."""
+    from vertebra import backend
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with backend("eager"):
+        yield
+    torch.set_num_threads(threads)
+
+
+# the peers, where they are installed
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    pytest.importorskip("torchvision.ops")
+    return pytest.importorskip("torchvision.models.resnet")
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    return pytest.importorskip("transformers")

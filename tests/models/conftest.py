@@ -1,46 +1,14 @@
-"""The peers, where they are installed, and random weights that leave nothing at its default."""
-
-from collections.abc import Iterator
-from types import ModuleType
+"""Plain PyTorch, and random weights that leave nothing at its default."""
 
 import pytest
-import torch
 from torch import nn
 
-import vertebra
 from vertebra.testing.parity import randomize
 
 
 @pytest.fixture(autouse=True)
-def _eager() -> Iterator[None]:
-    """Run on plain PyTorch: what is tested here is the models, and the interpreter is slow."""
-    with vertebra.backend("eager"):
-        yield
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """Images this small do not feed two threads, least of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def torchvision() -> ModuleType:
-    pytest.importorskip("torchvision.ops")
-    return pytest.importorskip("torchvision.models.resnet")
-
-
-@pytest.fixture(scope="session")
-def timm() -> ModuleType:
-    return pytest.importorskip("timm")
-
-
-@pytest.fixture(scope="session")
-def transformers() -> ModuleType:
-    return pytest.importorskip("transformers")
+def _eager(eager_on_one_thread: None) -> None:
+    """What is tested here is the models."""
 
 
 @pytest.fixture
