@@ -76,6 +76,14 @@ def test_an_unknown_layout() -> None:
         export_weights(create_model("resnet18"), "keras")
 
 
+@pytest.mark.parametrize("name", ["seresnet18", "resnet50d", "regnetv_040", "convnext_tiny_hnf"])
+def test_what_a_layout_cannot_express_is_refused(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+    with pytest.raises(ValueError, match=r"transformers has no name for .*with this option"):
+        export_weights(model, "transformers")
+
+
 def test_weights_of_another_family_are_refused() -> None:
     regnet = create_model("regnet_x_400mf")
     for weights in (regnet.state_dict(), export_weights(regnet, "transformers")):

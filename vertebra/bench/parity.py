@@ -111,7 +111,10 @@ def transformers_model(name: str) -> nn.Module:
     settings.num_labels = 1000
     peer = build_on_meta(build, settings)
     shapes = {key: value.shape for key, value in peer.state_dict().items()}
-    exported = export_weights(ours, "transformers")
+    try:
+        exported = export_weights(ours, "transformers")
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
     if shapes != {key: value.shape for key, value in exported.items()}:
         raise Unavailable("transformers cannot express it")
     return peer

@@ -260,11 +260,21 @@ def recognise(
 
 
 def export(weights: Mapping[str, Tensor], family: str, layout: str) -> dict[str, Tensor]:
-    """Return our `weights` under another library's names, in its shapes."""
+    """Return our `weights` under another library's names, in its shapes.
+
+    Raises:
+        ValueError: there is no such layout, or it has no name for some of the weights.
+    """
     if layout not in LAYOUTS[family]:
         raise ValueError(
             f"the layouts of {family} are {', '.join(LAYOUTS[family])}; got {layout!r}"
         )
     rename, reshape = LAYOUTS[family][layout]
     names = {key: rename(key, weights.keys()) for key in weights}
+    nameless = [key for key, theirs in names.items() if key == theirs and rename is not _ours]
+    if nameless:
+        raise ValueError(
+            f"{layout} has no name for {nameless[0]} ({len(nameless)} such weights): it has no "
+            f"{family} with this option; choose another of {', '.join(LAYOUTS[family])}"
+        )
     return {names[key]: reshape(names[key], weight) for key, weight in weights.items()}
