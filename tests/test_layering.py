@@ -17,7 +17,7 @@ MAY = {
     "kernels": {"kernels"},
     "nn": {"nn", "kernels"},
     "models": {"models", "nn"},
-    "interop": {"interop", "models", "nn"},
+    "interop": {"interop", "models", "nn", "kernels"},
     "testing": {"testing", "kernels"},
     "bench": {"bench", "testing", "models", "nn", "kernels", "interop", "_explain"},
     "_explain": {"_explain", "kernels"},

@@ -29,10 +29,11 @@ def _counted(y: Tensor, counter: Tensor) -> Tensor:
     return y
 
 
-def _fuses_pool(pool: nn.Module) -> bool:
-    """Return whether `pool` is that of a ResNet's stem, and nobody watches it."""
+def _fuses_pool(pool: nn.Module, x: Tensor) -> bool:
+    """Return whether `pool` is that of a ResNet's stem, and nobody watches or traces it."""
     return (
-        type(pool) is nn.MaxPool2d
+        not isinstance(x, torch.fx.Proxy)
+        and type(pool) is nn.MaxPool2d
         and not has_hooks(pool)
         and pool.kernel_size in (3, (3, 3))
         and pool.stride in (2, (2, 2))
@@ -51,46 +52,87 @@ def _pooled(y: Tensor, pool: nn.Module | None) -> Tensor:
     return y if pool is None or isinstance(pool, torch.fx.Proxy) else pool(y)
 
 
-class _FusesAct:
-    """The tail of the norm modules: act(drop(norm(x)) + residual), in one op where drop is idle.
+def normalise(
+    norm: Any,
+    x: Tensor,
+    act: nn.Module | None = None,
+    residual: Tensor | None = None,
+    pool: nn.Module | None = None,
+    drop: nn.Module | None = None,
+) -> Tensor:
+    """Return `pool(act(drop(norm(x)) + residual))`, in as few ops as there can be.
 
-    A max-pool that follows is part of the op where nothing comes between.
+    One, unless `drop` does something or the activation is one the ops do not know; the pool is part
+    of it where it is a ResNet stem's and nothing comes between. A traced graph keeps the pool:
+    feature extractors ask for it by its name.
+
+    Args:
+        norm: a `torch.nn.BatchNorm2d`, whose state is used and advanced as its `forward` would, or
+            a batch norm frozen into the buffers weight, bias, running_mean and running_var.
+        x: (N, C, H, W).
+        act: the activation; None for none.
+        residual: added before the activation.
+        pool: follows the activation.
+        drop: comes between norm and add.
     """
+    name = "none" if act is None else fusible_act(act)
+    fused = name if is_idle(drop) else None
+    kwargs, counter = _statistics(norm)
+    if pool is not None and residual is None and fused is not None and _fuses_pool(pool, x):
+        y = batch_norm_act_pool(x, norm.weight, norm.bias, fused, **kwargs)
+        return y if counter is None else _counted(y, counter)
+    if kwargs.pop("training"):
+        op = batch_norm_act
+    else:
+        op = scale_bias_act
+        kwargs = {
+            "mean": kwargs["running_mean"],
+            "var": kwargs["running_var"],
+            "eps": kwargs["eps"],
+        }
+    if fused is not None:
+        y = op(x, norm.weight, norm.bias, residual, fused, **kwargs)
+    else:
+        y = drop_add(drop, op(x, norm.weight, norm.bias, **kwargs), residual)
+        y = y if act is None else act(y)
+    y = y if counter is None else _counted(y, counter)
+    return _pooled(y, pool)
+
+
+def _statistics(norm: Any) -> tuple[dict[str, Any], Tensor | None]:
+    """Return what normalises, as arguments of `batch_norm_act_pool`, and the counter to advance."""
+    is_frozen = not isinstance(norm, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage]
+    if is_frozen or (not norm.training and norm.running_mean is not None):
+        stored = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+        return {"training": False, "eps": norm.eps, **stored}, None
+    tracks = norm.training and norm.track_running_stats and norm.running_mean is not None
+    counter = norm.num_batches_tracked if tracks else None
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
+    stored = {
+        "running_mean": norm.running_mean if tracks else None,
+        "running_var": norm.running_var if tracks else None,
+    }
+    return {"training": True, "momentum": momentum, "eps": norm.eps, **stored}, counter
+
+
+class _FusesAct:
+    """The norm modules that end in an activation, and what may come before and after it."""
 
     drop: nn.Module
     act: nn.Module
 
-    def _chosen_drop(self, drop: nn.Module | None) -> nn.Module:
-        """Return `drop`, or the norm's own for None and for the proxy of an argument left out."""
-        return drop if isinstance(drop, nn.Module) else self.drop
-
-    def _pooled_act(
-        self, x: Tensor, residual: Tensor | None, pool: nn.Module | None, drop: nn.Module
-    ) -> str | None:
-        """Return the activation if `pool` can run in one op with all before it, or None.
-
-        A traced graph keeps the pool: feature extractors ask for it by its name.
-        """
-        if pool is None or residual is not None or not is_idle(drop):
-            return None
-        if isinstance(x, torch.fx.Proxy) or not _fuses_pool(pool):
-            return None
-        return fusible_act(self.act)
-
-    def _run(
+    def forward(
         self,
-        op: Callable[..., Tensor],
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        drop: nn.Module,
-        **kwargs: Any,
+        residual: Tensor | None = None,
+        pool: nn.Module | None = None,
+        drop: nn.Module | None = None,
     ) -> Tensor:
-        fused = fusible_act(self.act) if is_idle(drop) else None
-        if fused is not None:
-            return op(x, weight, bias, residual, fused, **kwargs)
-        return self.act(drop_add(drop, op(x, weight, bias, **kwargs), residual))
+        # the proxy of an argument left out is no module either
+        drop = drop if isinstance(drop, nn.Module) else self.drop
+        return normalise(self, x, self.act, residual, pool, drop)
 
 
 class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
@@ -146,51 +188,6 @@ class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
             act_layer if apply_act else None, inplace=inplace, act_kwargs=act_kwargs
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        pool: nn.Module | None = None,
-        drop: nn.Module | None = None,
-    ) -> Tensor:
-        drop = self._chosen_drop(drop)
-        fused = self._pooled_act(x, residual, pool, drop)
-        if not self.training and self.running_mean is not None:
-            if fused is not None:
-                return batch_norm_act_pool(
-                    *(x, self.weight, self.bias, fused),
-                    running_mean=self.running_mean,
-                    running_var=self.running_var,
-                    training=False,
-                    eps=self.eps,
-                )
-            y = self._run(
-                scale_bias_act,
-                *(x, self.weight, self.bias, residual, drop),
-                mean=self.running_mean,
-                var=self.running_var,
-                eps=self.eps,
-            )
-            return _pooled(y, pool)
-        tracks = self.training and self.track_running_stats and self.running_mean is not None
-        counter = self.num_batches_tracked if tracks else None
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
-        statistics: dict[str, Any] = {
-            "running_mean": self.running_mean if tracks else None,
-            "running_var": self.running_var if tracks else None,
-            "momentum": momentum,
-            "eps": self.eps,
-        }
-        if fused is not None:
-            y = batch_norm_act_pool(x, self.weight, self.bias, fused, **statistics)
-        else:
-            y = self._run(batch_norm_act, x, self.weight, self.bias, residual, drop, **statistics)
-        if counter is not None:
-            y = _counted(y, counter)
-        return y if fused is not None else _pooled(y, pool)
-
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation whose statistics, weight and bias are constants (four buffers).
@@ -225,12 +222,7 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        return scale_bias_act(
-            *(x, self.weight, self.bias),
-            mean=self.running_mean,
-            var=self.running_var,
-            eps=self.eps,
-        )
+        return normalise(self, x)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
@@ -260,32 +252,6 @@ class FrozenBatchNormAct2d(_FusesAct, FrozenBatchNorm2d):
         self.act = create_act(
             act_layer if apply_act else None, inplace=inplace, act_kwargs=act_kwargs
         )
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        pool: nn.Module | None = None,
-        drop: nn.Module | None = None,
-    ) -> Tensor:
-        drop = self._chosen_drop(drop)
-        fused = self._pooled_act(x, residual, pool, drop)
-        if fused is not None:
-            return batch_norm_act_pool(
-                *(x, self.weight, self.bias, fused),
-                running_mean=self.running_mean,
-                running_var=self.running_var,
-                training=False,
-                eps=self.eps,
-            )
-        y = self._run(
-            scale_bias_act,
-            *(x, self.weight, self.bias, residual, drop),
-            mean=self.running_mean,
-            var=self.running_var,
-            eps=self.eps,
-        )
-        return _pooled(y, pool)
 
 
 def _group_norm(num_channels: int) -> nn.GroupNorm:
@@ -340,6 +306,13 @@ def create_norm_act(
     return build(*args, num_features, **kwargs)
 
 
+def _is_bare(norm: nn.Module) -> bool:
+    """Return whether `norm` computes what `normalise` does, no more, and nobody watches it."""
+    forward = type(norm).forward
+    computes = forward is nn.BatchNorm2d.forward or forward is FrozenBatchNorm2d.forward
+    return computes and not has_hooks(norm)
+
+
 def norm_act(
     norm: nn.Module,
     x: Tensor,
@@ -348,15 +321,16 @@ def norm_act(
     pool: nn.Module | None = None,
     drop: nn.Module | None = None,
 ) -> Tensor:
-    """Return `pool(act(drop(norm(x)) + residual))` for what stands where a fused norm was built.
+    """Return `pool(act(drop(norm(x)) + residual))` for whatever norm stands in a block.
 
-    That may be one of this library's norms, which carries the activation itself, or a bare one:
-    another `norm_layer`, or what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` put in its place.
+    One of this library's norms carries the activation itself. A bare one is followed by `act`: in
+    the same op if it is a plain or frozen batch norm that nobody watches or traces, else as it is:
+    another `norm_layer`, or what `convert_sync_batchnorm` of torch put in its place.
     """
     if isinstance(norm, _FusesAct):
         if pool is not None and not has_hooks(norm):  # a hook is promised what the norm returns
             return norm(x, residual, pool, drop)
-        y = norm(x, residual, drop=drop)
-    else:
-        y = act(drop_add(drop, norm(x), residual))
-    return _pooled(y, pool)
+        return _pooled(norm(x, residual, drop=drop), pool)
+    if not isinstance(x, torch.fx.Proxy) and _is_bare(norm):
+        return normalise(norm, x, act, residual, pool, drop)
+    return _pooled(act(drop_add(drop, norm(x), residual)), pool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.fx
@@ -90,15 +90,8 @@ class SqueezeExcite(nn.Module):
     ) -> Tensor:
         if not isinstance(out_act, nn.Module):  # None, or the proxy of an argument left out
             out_act = None
-        functions = self._fusible()
-        tail = "none" if out_act is None else fusible_act(out_act)
-        if functions is not None:
-            y = squeeze_excite(
-                *(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual),
-                *functions,
-                tail or "none",
-            )
-            return y if out_act is None or tail is not None else out_act(y)
+        if type(self.bn) is nn.Identity and not self.add_maxpool:
+            return excite(x, self.fc1, self.act, self.fc2, self.gate, residual, out_act)
         s = x.mean((2, 3), keepdim=True)
         if self.add_maxpool:
             s = 0.5 * s + 0.5 * x.amax((2, 3), keepdim=True)
@@ -106,10 +99,30 @@ class SqueezeExcite(nn.Module):
         y = y if residual is None else y + residual
         return y if out_act is None else out_act(y)
 
-    def _fusible(self) -> tuple[str, str] | None:
-        """Return the names of activation and gate, or None unless the op computes all this does."""
-        act, gate = fusible_act(self.act), fusible_gate(self.gate)
-        plain = type(self.bn) is nn.Identity and not self.add_maxpool
-        for fc in (self.fc1, self.fc2):  # one put in their place may compute something else
-            plain = plain and type(fc) is nn.Conv2d and not has_hooks(fc)
-        return (act, gate) if plain and act is not None and gate is not None else None
+
+def excite(
+    x: Tensor,
+    fc1: nn.Module,
+    act: nn.Module,
+    fc2: nn.Module,
+    gate: nn.Module,
+    residual: Tensor | None = None,
+    out_act: nn.Module | None = None,
+) -> Tensor:
+    """Return `out_act(x * gate(fc2(act(fc1(mean(x))))) + residual)`, in one op if it knows all."""
+    act_name, gate_name = fusible_act(act), fusible_gate(gate)
+    # what is put in place of a convolution may compute something else
+    if act_name is not None and gate_name is not None and _is_plain(fc1) and _is_plain(fc2):
+        tail = "none" if out_act is None else fusible_act(out_act)
+        y = squeeze_excite(
+            *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual),
+            *(act_name, gate_name, tail or "none"),
+        )
+        return y if out_act is None or tail is not None else out_act(y)
+    y = x * gate(fc2(act(fc1(x.mean((2, 3), keepdim=True)))))
+    y = y if residual is None else y + residual
+    return y if out_act is None else out_act(y)
+
+
+def _is_plain(fc: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return type(fc) is nn.Conv2d and not has_hooks(fc)

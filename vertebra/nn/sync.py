@@ -44,7 +44,7 @@ class SyncBatchNormAct2d(BatchNormAct2d, nn.SyncBatchNorm):
         if not self._has_peers():
             return super().forward(x, residual, pool, drop)
         y = nn.SyncBatchNorm.forward(self, x)
-        y = self.act(drop_add(self._chosen_drop(drop), y, residual))
+        y = self.act(drop_add(self.drop if drop is None else drop, y, residual))
         return y if pool is None else pool(y)
 
 

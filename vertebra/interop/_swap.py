@@ -1,0 +1,135 @@
+"""Putting modules on other classes: the same object, parameters, keys and hooks, another `forward`.
+
+A recipe is a class here with a `forward` for one class of a library. A module is given a class made
+of both, which derives from its own: `isinstance` holds, and no class is changed. Only instances of
+that very class are taken, and only where its `forward` reads as one that the recipe was written
+from: a subclass, and a library that has changed, keep what they have.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import io
+import tokenize
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import nn
+
+R = TypeVar("R", bound=type)
+Refuses = Callable[[Any], "str | None"]
+
+
+class Recipe(NamedTuple):
+    """How modules of one class are accelerated."""
+
+    mixin: type
+    methods: dict[str, frozenset[str]]  # of the class, each with the readings that are known
+    refuses: Refuses
+
+
+_recipes: dict[str, Recipe] = {}
+
+
+def accelerates(
+    path: str, refuses: Refuses = lambda module: None, **methods: str
+) -> Callable[[R], R]:
+    """Make a class the recipe for another.
+
+    Args:
+        path: of that class, as "torchvision.models.resnet.BasicBlock".
+        refuses: returns what about a module keeps it from being accelerated, in words, or None.
+        methods: by name, the methods that the recipe replaces: their known readings (`reading`),
+            separated by blanks.
+    """
+
+    def register(mixin: R) -> R:
+        known = {name: frozenset(readings.split()) for name, readings in methods.items()}
+        _recipes[path] = Recipe(mixin, known, refuses)
+        return mixin
+
+    return register
+
+
+def reading(function: Any) -> str:
+    """Return what tells the source of a function from others, whatever its comments and layout."""
+    source = inspect.cleandoc(inspect.getsource(function))
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    tokens = [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in skipped and not token.string.startswith(('"""', 'r"""'))
+    ]
+    body = tokens[tokens.index("def") :]
+    return hashlib.sha256(" ".join(body).encode()).hexdigest()[:12]
+
+
+class Swapped(nn.Module):
+    """What all classes that modules are put on have in common.
+
+    A pickled module is one of its own class again: what loads it needs none of this.
+    """
+
+    _own: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, (_, *rest), *state = super().__reduce_ex__(1)  # the oldest that takes another class
+        return (make, (self._own, *rest), *state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+def path_of(cls: type) -> str:
+    """Return where a class is defined."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@cache
+def _swapped(own: type[nn.Module]) -> type[nn.Module] | str:
+    """Return the class that modules of class `own` are put on, or why there is none."""
+    recipe = _recipes.get(path_of(own))
+    if recipe is None:
+        return f"no recipe for {path_of(own)}"
+    for name in ("__reduce__", "__reduce_ex__", "__deepcopy__", "__getstate__"):
+        if getattr(own, name, None) is not getattr(nn.Module, name, None):
+            return f"{path_of(own)} copies or pickles itself in a way of its own"
+    for name, known in recipe.methods.items():
+        method = getattr(own, name, None)
+        found = None if method is None else reading(method)
+        if found not in known:
+            reason = f"{path_of(own)}.{name} is not the one this version was written for"
+            warnings.warn(f"not accelerated: {reason} ({found})", stacklevel=4)
+            return reason
+    names = {"_own": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (Swapped, recipe.mixin, own), names)
+
+
+def swap(module: nn.Module) -> str | None:
+    """Put a module on its accelerated class; return why not, None where it is on it."""
+    own = type(module)
+    if issubclass(own, Swapped):
+        return None
+    cls = _swapped(own)
+    if isinstance(cls, str):
+        return cls
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance"
+    reason = _recipes[path_of(own)].refuses(module)
+    if reason is None:
+        module.__class__ = cls
+    return reason
+
+
+def unswap(module: nn.Module) -> None:
+    """Put a module back on its own class."""
+    if isinstance(module, Swapped):
+        own: Any = module._own  # pyright: ignore[reportPrivateUsage]
+        module.__class__ = own

@@ -1,0 +1,166 @@
+"""Recipes for torchvision's modules: the same sums, in as few ops as there can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import drop_path_add, layer_norm_2d
+from ..nn import norm_act
+from ..nn._act import has_hooks
+from ..nn.norm_act import FrozenBatchNorm2d
+from ..nn.squeeze_excite import excite
+from ._swap import accelerates
+
+_IDENTITY = nn.Identity()
+
+
+@accelerates("torchvision.models.resnet.BasicBlock", forward="9bd14d665e00")
+class _BasicBlock:
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+    downsample: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_act(self.bn1, self.conv1(x), self.relu)
+        y = self.conv2(y)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return norm_act(self.bn2, y, self.relu, shortcut)
+
+
+@accelerates("torchvision.models.resnet.Bottleneck", forward="8c685421cec1")
+class _Bottleneck:
+    conv1: nn.Module
+    bn1: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+    conv3: nn.Module
+    bn3: nn.Module
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_act(self.bn1, self.conv1(x), self.relu)
+        y = norm_act(self.bn2, self.conv2(y), self.relu)
+        y = self.conv3(y)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return norm_act(self.bn3, y, self.relu, shortcut)
+
+
+@accelerates(
+    "torchvision.models.resnet.ResNet", _forward_impl="d7c0b1a1ca77", forward="42edafbd0bc6"
+)
+class _ResNet:
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    avgpool: nn.Module
+    fc: nn.Module
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = norm_act(self.bn1, self.conv1(x), self.relu, pool=self.maxpool)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _is_conv_norm_act(module: Any) -> str | None:
+    if len(module) in (2, 3) and isinstance(module[0], nn.Conv2d):
+        return None
+    return "it is not a convolution, a norm and perhaps an activation"
+
+
+@accelerates("torchvision.ops.misc.Conv2dNormActivation", _is_conv_norm_act, forward="cdc9775476c0")
+class _Conv2dNormActivation(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        conv, norm, *act = self
+        return norm_act(norm, conv(input), act[0] if act else _IDENTITY)
+
+
+@accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="733f86e14d79")
+class _ResBottleneckBlock:
+    proj: nn.Module | None
+    f: nn.Sequential
+    activation: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        *others, last = self.f
+        shortcut = x if self.proj is None else self.proj(x)
+        if has_hooks(self.f) or has_hooks(last) or len(last) != 2:  # pyright: ignore
+            return self.activation(shortcut + self.f(x))
+        for module in others:
+            x = module(x)
+        conv, norm = last  # pyright: ignore
+        return norm_act(norm, conv(x), self.activation, shortcut)
+
+
+@accelerates(
+    "torchvision.ops.misc.SqueezeExcitation", forward="31da9c8f5cb6", _scale="d957ab85b8fc"
+)
+class _SqueezeExcitation:
+    avgpool: nn.Module
+    fc1: nn.Module
+    activation: nn.Module
+    fc2: nn.Module
+    scale_activation: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return excite(input, self.fc1, self.activation, self.fc2, self.scale_activation)
+
+
+@accelerates("torchvision.ops.misc.FrozenBatchNorm2d", forward="1029191d8f76")
+class _FrozenBatchNorm2d:
+    forward = FrozenBatchNorm2d.forward
+
+
+@accelerates("torchvision.models.convnext.LayerNorm2d", forward="573c0b10b38b")
+class _LayerNorm2d:
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm_2d(x, self.weight, self.bias, self.eps)
+
+
+def _is_of_rows(module: Any) -> str | None:
+    return None if module.mode == "row" else f"mode {module.mode!r} drops whole batches"
+
+
+@accelerates(
+    "torchvision.ops.stochastic_depth.StochasticDepth", _is_of_rows, forward="1c7ec68536be"
+)
+class _StochasticDepth:
+    p: float
+    training: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        return drop_path_add(input, drop_prob=self.p) if self.training and self.p else input
+
+
+def _ends_in_rows(module: Any) -> str | None:
+    return _is_of_rows(module.stochastic_depth)
+
+
+@accelerates("torchvision.models.convnext.CNBlock", _ends_in_rows, forward="abc1dceb373a")
+class _CNBlock:
+    block: nn.Module
+    layer_scale: Tensor
+    stochastic_depth: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.block(input)
+        drop = self.stochastic_depth
+        if has_hooks(drop):
+            return drop(self.layer_scale * y) + input
+        drop_prob = drop.p if drop.training else 0.0
+        return drop_path_add(y, input, self.layer_scale.flatten(), drop_prob=drop_prob)
