@@ -1,5 +1,6 @@
 """Adapters to other libraries of models, each of which is imported when it is needed."""
 
+from .accelerate import Site, accelerate, report, restore
 from .timm_backbone import TimmBackbone
 
-__all__ = ["TimmBackbone"]
+__all__ = ["Site", "TimmBackbone", "accelerate", "report", "restore"]

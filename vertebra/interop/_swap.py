@@ -112,20 +112,28 @@ def _swapped(own: type[nn.Module]) -> type[nn.Module] | str:
     return type(own.__name__, (Swapped, recipe.mixin, own), names)
 
 
-def swap(module: nn.Module) -> str | None:
-    """Put a module on its accelerated class; return why not, None where it is on it."""
+def has_recipe(cls: type) -> bool:
+    """Return whether there is a recipe for modules of this class."""
+    return path_of(cls) in _recipes
+
+
+def target(module: nn.Module) -> type[nn.Module] | str:
+    """Return the class that a module would be put on, or why none."""
     own = type(module)
-    if issubclass(own, Swapped):
-        return None
     cls = _swapped(own)
     if isinstance(cls, str):
         return cls
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
-    reason = _recipes[path_of(own)].refuses(module)
-    if reason is None:
-        module.__class__ = cls
-    return reason
+    return _recipes[path_of(own)].refuses(module) or cls
+
+
+def swap(module: nn.Module) -> None:
+    """Put a module on its accelerated class, if it has one and is not on it."""
+    if not isinstance(module, Swapped):
+        cls = target(module)
+        if not isinstance(cls, str):
+            module.__class__ = cls
 
 
 def unswap(module: nn.Module) -> None:

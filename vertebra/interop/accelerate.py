@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
-from ._swap import swap, unswap
+from ._swap import Swapped, has_recipe, swap, target, unswap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,6 +21,14 @@ def _load(library: str) -> None:
     importlib.import_module(f"{__package__}._{library}")
 
 
+class Site(NamedTuple):
+    """A module that there is a recipe for, and why it runs as it did, None where it does not."""
+
+    name: str
+    cls: str
+    reason: str | None
+
+
 def accelerate(model: M) -> M:
     """Put every recognised module of `model` on our ops, in place; return `model`.
 
@@ -28,12 +36,12 @@ def accelerate(model: M) -> M:
     hooks, an instance of the same classes. What is not recognised runs as it did; `report` says
     why. A copy is accelerated too; what is pickled or saved is the library's own and needs none of
     this. Doing it again changes nothing.
+
+    Random numbers are as many and as likely as before, not the same ones: stochastic depth drops
+    other samples under the same seed.
     """
-    for module in model.modules():
-        library = type(module).__module__.partition(".")[0]
-        if library in _LIBRARIES:
-            _load(library)
-            swap(module)
+    for module in _known(model):
+        swap(module)
     return model
 
 
@@ -42,3 +50,29 @@ def restore(model: M) -> M:
     for module in model.modules():
         unswap(module)
     return model
+
+
+def report(model: nn.Module) -> list[Site]:
+    """Return every module of `model` that there is a recipe for, and what came of it."""
+    known = set(_known(model))
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        cls, reason = type(module), None
+        if module not in known or not (isinstance(module, Swapped) or has_recipe(cls)):
+            continue
+        if not isinstance(module, Swapped):
+            found = target(module)
+            reason = found if isinstance(found, str) else "accelerate was not called"
+        sites.append(Site(name, f"{cls.__module__}.{cls.__qualname__}", reason))
+    return sites
+
+
+def _known(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that are of a library with recipes, which are loaded."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        library = type(module).__module__.partition(".")[0]
+        if library in _LIBRARIES:
+            _load(library)
+            found.append(module)
+    return found

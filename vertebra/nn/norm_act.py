@@ -316,7 +316,7 @@ def _is_bare(norm: nn.Module) -> bool:
 def norm_act(
     norm: nn.Module,
     x: Tensor,
-    act: nn.Module,
+    act: nn.Module | None = None,
     residual: Tensor | None = None,
     pool: nn.Module | None = None,
     drop: nn.Module | None = None,
@@ -333,4 +333,5 @@ def norm_act(
         return _pooled(norm(x, residual, drop=drop), pool)
     if not isinstance(x, torch.fx.Proxy) and _is_bare(norm):
         return normalise(norm, x, act, residual, pool, drop)
-    return _pooled(act(drop_add(drop, norm(x), residual)), pool)
+    y = drop_add(drop, norm(x), residual)
+    return _pooled(y if act is None else act(y), pool)
