@@ -140,7 +140,8 @@ def compare(name: str, peer: str, sizes: Sequence[int], memory: int) -> Row:
         outputs={},
         gradients=None,
     )
-    needed = 4 * sum(counts) * 2 + 2**31  # weights, gradients, activations
+    itemsize = 8 if ALLOWED[ours.family][1] else 4
+    needed = itemsize * sum(counts) * 2 + 2**31  # weights, gradients, activations
     if needed > memory:
         row.note = f"needs {needed / 2**30:.0f} GiB of memory: parameters and keys only"
         return row
