@@ -123,12 +123,15 @@ def _pick(shape: tuple[int, int, int, int], view: View, itemsize: int, sms: int)
     than 128 registers. The pairs of a row are 16 bytes of x a lane even so.
     The first row of a walk is read by the walk above too: long walks read less. 32 programs are
     four waves of the eight that fit at once, so that the last one, partly empty, costs little. With
-    4 warps to a program ptxas spilled 8 bytes on sm_80.
+    4 warps to a program, and with 2 where 8 columns of 32 channels are a tile, ptxas spilled 8
+    bytes on sm_80.
     """
     N, C, H, W = shape
     M, OH = N * ((W + 1) // 2), (H + 1) // 2
     flat = Geometry((M, C, 1, 1), (), view.channels_last, view.coarse_unit)
     BLOCK_M, BLOCK_C, _, _ = pick(flat, itemsize, tile_bytes=512)
+    if view.channels_last and BLOCK_C < 64:
+        BLOCK_M = max(1, BLOCK_M // 2)
     num_warps = max(1, min(4, BLOCK_M * BLOCK_C // 128))  # a window takes registers
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(C, BLOCK_C)
     rows = triton.cdiv(OH, min(OH, triton.cdiv(32 * sms, tiles)))
