@@ -317,8 +317,15 @@ def test_compiles_in_one_graph(family):
     assert_same_state(model, expected)
 
 
+def assert_as_exact(found: list[Tensor], own: list[Tensor], exact: list[Tensor]) -> None:
+    """Hold the error to twice that of the model as it is, and a rounding to bf16."""
+    for y, peer, reference in zip(found, own, exact, strict=True):
+        error, allowed = ((t.float() - reference).norm() for t in (y, peer))
+        assert error <= 2 * (allowed + 2**-8 * reference.norm())
+
+
 @families
-def test_autocast_and_channels_last(family):
+def test_channels_last_autocast_and_bf16(family):
     own, ours = (model.eval() for model in pair(family))
     x = images()
     with torch.no_grad():
@@ -327,10 +334,11 @@ def test_autocast_and_channels_last(family):
             tensors(ours(x.contiguous(memory_format=torch.channels_last))), exact
         )
         with torch.autocast("cpu", torch.bfloat16):
-            expected, found = tensors(own(x)), tensors(ours(x))
-    for y, peer, reference in zip(found, expected, exact, strict=True):
-        error = (y.float() - reference).norm()
-        assert error <= 2 * (peer.float() - reference).norm() + 2**-8 * reference.norm()
+            assert_as_exact(tensors(ours(x)), tensors(own(x)), exact)
+        own, ours, x = own.bfloat16(), ours.bfloat16(), x.bfloat16()
+        found = tensors(ours(x))
+        assert {y.dtype for y in found} == {torch.bfloat16}
+        assert_as_exact(found, tensors(own(x)), exact)
 
 
 # loose modules
@@ -464,6 +472,18 @@ def test_a_detector_with_a_frozen_backbone(transformers):
     for y, peer in zip(trained(ours, x), trained(own, x), strict=True):
         torch.testing.assert_close(y, peer)
     assert_same_state(ours, own)
+
+
+@pytest.mark.thorough
+def test_every_recipe_is_for_the_installed_library():
+    importlib.import_module("vertebra.interop._transformers")
+    recipes = {p: r for p, r in _swap._recipes.items() if p.startswith("transformers.models.")}
+    assert len(recipes) > 30
+    for path, recipe in recipes.items():
+        cls = part(path.removeprefix("transformers.models."))
+        assert _swap.path_of(cls) == path
+        for name, known in recipe.methods.items():
+            assert _swap.reading(getattr(cls, name)) in known, path
 
 
 # what is left alone, and what is said

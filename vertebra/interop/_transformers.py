@@ -40,6 +40,8 @@ def _accelerates(
 
 
 class _ConvNormAct(nn.Module):
+    """What both recipes for such a layer have in common: by this a block knows its layers."""
+
     convolution: nn.Module
     normalization: nn.Module
     activation: nn.Module
