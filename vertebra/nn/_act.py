@@ -62,9 +62,13 @@ def create_act(
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether `module` has hooks: it stays a call of its own, or they would not fire."""
+    """Return whether `module` has hooks: it stays a call of its own, or they would not fire.
+
+    So does one whose `forward` is replaced on the instance, which is how accelerate of Hugging Face
+    hooks a module whose weights it moves.
+    """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks)
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
 
 def fusible_act(act: nn.Module) -> str | None:

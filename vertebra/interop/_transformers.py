@@ -1,0 +1,290 @@
+"""Recipes for the backbones of transformers: the same sums, in as few ops as there can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..kernels import drop_path_add, global_response_norm, layer_norm_2d
+from ..nn import DropPath, norm_act
+from ..nn._act import fusible_act, has_hooks
+from ..nn._drop import is_idle
+from ..nn.norm_act import FrozenBatchNorm2d
+from ..nn.squeeze_excite import excite
+from ._swap import Refuses, accelerates
+
+R = TypeVar("R", bound=type)
+
+_IDENTITY = nn.Identity()
+
+
+def _accelerates(
+    forward: str, *classes: str, refuses: Refuses = lambda module: None
+) -> Callable[[R], R]:
+    """Make a class the recipe for `classes` of transformers' models, which all read as `forward`.
+
+    Models do not share code there: each has a copy of what it takes from another.
+    """
+
+    def register(mixin: R) -> R:
+        for name in classes:
+            accelerates(f"transformers.models.{name}", refuses, forward=forward)(mixin)
+        return mixin
+
+    return register
+
+
+# convolution, norm and activation
+
+
+class _ConvNormAct(nn.Module):
+    """What both recipes for such a layer have in common: by this a block knows its layers."""
+
+    convolution: nn.Module
+    normalization: nn.Module
+    activation: nn.Module
+
+
+@_accelerates(
+    "581942481cee",
+    "resnet.modeling_resnet.ResNetConvLayer",
+    "rt_detr.modeling_rt_detr_resnet.RTDetrResNetConvLayer",
+)
+class _ResNetConvLayer(_ConvNormAct):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return norm_act(self.normalization, self.convolution(hidden_states), self.activation)
+
+
+@_accelerates("64f0ce86970f", "regnet.modeling_regnet.RegNetConvLayer")
+class _RegNetConvLayer(_ConvNormAct):
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return norm_act(self.normalization, self.convolution(hidden_state), self.activation)
+
+
+@_accelerates(
+    "9c59e6fcbd5e",
+    "resnet.modeling_resnet.ResNetShortCut",
+    "rt_detr.modeling_rt_detr_resnet.RTDetrResNetShortCut",
+    "regnet.modeling_regnet.RegNetShortCut",
+)
+class _ShortCut:
+    convolution: nn.Module
+    normalization: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return norm_act(self.normalization, self.convolution(input), _IDENTITY)
+
+
+def _split(layers: nn.Module) -> tuple[list[nn.Module], _ConvNormAct] | None:
+    """Return all of `layers` but the last, and the last if what follows may be run with its norm.
+
+    It may not where somebody watches the last, or all of them, which are a sequence or one alone.
+    """
+    others: list[nn.Module] = []
+    last = layers
+    if type(layers) is nn.Sequential and not has_hooks(layers):
+        *others, last = layers
+    return (others, last) if isinstance(last, _ConvNormAct) and not has_hooks(last) else None
+
+
+@_accelerates(
+    "dd63156025a7",
+    "resnet.modeling_resnet.ResNetEmbeddings",
+    "rt_detr.modeling_rt_detr_resnet.RTDetrResNetEmbeddings",
+)
+class _Stem(nn.Module):
+    num_channels: int
+    embedder: nn.Module
+    pooler: nn.Module
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        split = _split(self.embedder)
+        is_wrong = pixel_values.shape[1] != self.num_channels  # of which transformers has an error
+        if is_wrong or split is None:
+            return super().forward(pixel_values)
+        others, last = split
+        x = pixel_values
+        for module in others:
+            x = module(x)
+        return norm_act(last.normalization, last.convolution(x), last.activation, pool=self.pooler)
+
+
+@_accelerates(
+    "4339920af913",
+    "resnet.modeling_resnet.ResNetBasicLayer",
+    "resnet.modeling_resnet.ResNetBottleNeckLayer",
+    "rt_detr.modeling_rt_detr_resnet.RTDetrResNetBasicLayer",
+    "rt_detr.modeling_rt_detr_resnet.RTDetrResNetBottleNeckLayer",
+    "regnet.modeling_regnet.RegNetXLayer",
+    "regnet.modeling_regnet.RegNetYLayer",
+)
+class _ResidualLayer:
+    layer: nn.Module
+    shortcut: nn.Module
+    activation: nn.Module
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        split = _split(self.layer)
+        if split is None or fusible_act(split[1].activation) != "none":
+            return self.activation(self.layer(hidden_state) + self.shortcut(hidden_state))
+        others, last = split
+        y = hidden_state
+        for module in others:
+            y = module(y)
+        y = last.convolution(y)
+        return norm_act(last.normalization, y, self.activation, self.shortcut(hidden_state))
+
+
+def _is_excitation(module: Any) -> str | None:
+    return None if len(module.attention) == 4 else "its attention is not of four modules"
+
+
+@_accelerates("560e4095573e", "regnet.modeling_regnet.RegNetSELayer", refuses=_is_excitation)
+class _RegNetSELayer(nn.Module):
+    pooler: nn.Module
+    attention: nn.Sequential
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        if has_hooks(self.pooler) or has_hooks(self.attention):
+            return super().forward(hidden_state)
+        fc1, act, fc2, gate = self.attention
+        return excite(hidden_state, fc1, act, fc2, gate)
+
+
+@_accelerates(
+    "5dd8fd458d31",
+    "conditional_detr.modeling_conditional_detr.ConditionalDetrFrozenBatchNorm2d",
+    "d_fine.modeling_d_fine.DFineFrozenBatchNorm2d",
+    "dab_detr.modeling_dab_detr.DabDetrFrozenBatchNorm2d",
+    "deformable_detr.modeling_deformable_detr.DeformableDetrFrozenBatchNorm2d",
+    "deimv2.modeling_deimv2.Deimv2FrozenBatchNorm2d",
+    "detr.modeling_detr.DetrFrozenBatchNorm2d",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoFrozenBatchNorm2d",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoFrozenBatchNorm2d",
+    "pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2FrozenBatchNorm2d",
+    "pp_doclayout_v3.modeling_pp_doclayout_v3.PPDocLayoutV3FrozenBatchNorm2d",
+    "pp_doclayout_v4.modeling_pp_doclayout_v4.PPDocLayoutV4FrozenBatchNorm2d",
+    "rt_detr.modeling_rt_detr.RTDetrFrozenBatchNorm2d",
+    "rt_detr_v2.modeling_rt_detr_v2.RTDetrV2FrozenBatchNorm2d",
+    "table_transformer.modeling_table_transformer.TableTransformerFrozenBatchNorm2d",
+)
+class _FrozenBatchNorm2d:
+    eps = 1e-5
+    forward = FrozenBatchNorm2d.forward
+
+
+# ConvNeXt
+
+
+def _is_over_channels(module: Any) -> str | None:
+    if len(module.normalized_shape) == 1:
+        return None
+    return f"it normalises over {len(module.normalized_shape)} dimensions, and not the channels"
+
+
+@_accelerates(
+    "52dce046f32b",
+    "convnext.modeling_convnext.ConvNextLayerNorm",
+    "convnextv2.modeling_convnextv2.ConvNextV2LayerNorm",
+    "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayerNorm",
+    refuses=_is_over_channels,
+)
+class _LayerNorm(nn.Module):
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    data_format: str
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.dim() != 4:
+            return super().forward(features)
+        if self.data_format == "channels_first":
+            return layer_norm_2d(features, self.weight, self.bias, self.eps)
+        x = features.permute(0, 3, 1, 2)
+        return layer_norm_2d(x, self.weight, self.bias, self.eps).permute(0, 2, 3, 1)
+
+
+@_accelerates(
+    "628eee45d310",
+    "convnext.modeling_convnext.ConvNextDropPath",
+    "convnextv2.modeling_convnextv2.ConvNextV2DropPath",
+    "dinov3_convnext.modeling_dinov3_convnext.Dinov3ConvnextDropPath",
+)
+class _DropPath(nn.Module):
+    drop_prob: float
+    scale_by_keep = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        own: Any = self
+        return DropPath.forward(own, hidden_states)
+
+
+def _end(drop: nn.Module, x: Tensor, residual: Tensor, gamma: Tensor | None = None) -> Tensor:
+    """Return `residual + drop(gamma * x)`, where x is of (N, H, W, C) and the others are not."""
+    x = x.permute(0, 3, 1, 2)
+    if is_idle(drop):
+        return drop_path_add(x, residual, gamma)
+    if isinstance(drop, _DropPath) and not has_hooks(drop):
+        return drop_path_add(x, residual, gamma, drop_prob=drop.drop_prob if drop.training else 0.0)
+    return residual + drop(x if gamma is None else drop_path_add(x, gamma=gamma))
+
+
+@_accelerates("479cffe42081", "convnext.modeling_convnext.ConvNextLayer")
+class _ConvNextLayer:
+    dwconv: nn.Module
+    layernorm: nn.Module
+    pwconv1: nn.Module
+    act: nn.Module
+    pwconv2: nn.Module
+    layer_scale_parameter: Tensor | None
+    drop_path: nn.Module
+
+    def forward(self, features: Tensor) -> Tensor:
+        y = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
+        y = self.pwconv2(self.act(self.pwconv1(y)))
+        return _end(self.drop_path, y, features, self.layer_scale_parameter)
+
+
+@_accelerates("5c2ba315163a", "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayer")
+class _DINOv3ConvNextLayer:
+    depthwise_conv: nn.Module
+    layer_norm: nn.Module
+    pointwise_conv1: nn.Module
+    activation_fn: nn.Module
+    pointwise_conv2: nn.Module
+    gamma: Tensor
+    drop_path: nn.Module
+
+    def forward(self, features: Tensor) -> Tensor:
+        y = self.layer_norm(self.depthwise_conv(features).permute(0, 2, 3, 1))
+        y = self.pointwise_conv2(self.activation_fn(self.pointwise_conv1(y)))
+        return _end(self.drop_path, y, features, self.gamma)
+
+
+@_accelerates("d7d58f16af14", "convnextv2.modeling_convnextv2.ConvNextV2Layer")
+class _ConvNextV2Layer:
+    dwconv: nn.Module
+    layernorm: nn.Module
+    pwconv1: nn.Module
+    act: nn.Module
+    grn: nn.Module
+    pwconv2: nn.Module
+    drop_path: nn.Module
+
+    def forward(self, features: Tensor) -> Tensor:
+        y = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
+        y = self.pwconv2(self.grn(self.act(self.pwconv1(y))))
+        return _end(self.drop_path, y, features)
+
+
+@_accelerates("05bf2a87fa52", "convnextv2.modeling_convnextv2.ConvNextV2GRN")
+class _GRN:
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.permute(0, 3, 1, 2)
+        y = global_response_norm(x, self.weight.flatten(), self.bias.flatten(), 1e-6)
+        return y.permute(0, 2, 3, 1)
