@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..kernels import drop_path_add, layer_norm_2d
@@ -14,7 +15,9 @@ from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._swap import accelerates
 
-_IDENTITY = nn.Identity()
+# for torch.fx these are leaves: they look at shapes, which a proxy does not have
+torch.fx.wrap("drop_path_add")
+torch.fx.wrap("layer_norm_2d")
 
 
 @accelerates("torchvision.models.resnet.BasicBlock", forward="9bd14d665e00")
@@ -83,7 +86,7 @@ def _is_conv_norm_act(module: Any) -> str | None:
 class _Conv2dNormActivation(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         conv, norm, *act = self
-        return norm_act(norm, conv(input), act[0] if act else _IDENTITY)
+        return norm_act(norm, conv(input), act[0] if act else None)
 
 
 @accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="733f86e14d79")

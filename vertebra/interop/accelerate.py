@@ -12,7 +12,7 @@ from ._swap import swap, unswap
 
 M = TypeVar("M", bound=nn.Module)
 
-_LIBRARIES = ("torchvision",)
+_LIBRARIES = ("timm", "torchvision")
 
 
 @cache

@@ -308,15 +308,19 @@ def create_norm_act(
 
 def _is_bare(norm: nn.Module) -> bool:
     """Return whether `norm` computes what `normalise` does, no more, and nobody watches it."""
-    forward = type(norm).forward
-    computes = forward is nn.BatchNorm2d.forward or forward is FrozenBatchNorm2d.forward
-    return computes and not has_hooks(norm)
+    if has_hooks(norm):
+        return False
+    forward: Any = type(norm).forward
+    if forward is _FusesAct.forward:
+        own: Any = norm
+        return fusible_act(own.act) == "none" and is_idle(own.drop)
+    return forward is nn.BatchNorm2d.forward or forward is FrozenBatchNorm2d.forward
 
 
 def norm_act(
     norm: nn.Module,
     x: Tensor,
-    act: nn.Module,
+    act: nn.Module | None,
     residual: Tensor | None = None,
     pool: nn.Module | None = None,
     drop: nn.Module | None = None,
@@ -333,4 +337,5 @@ def norm_act(
         return _pooled(norm(x, residual, drop=drop), pool)
     if not isinstance(x, torch.fx.Proxy) and _is_bare(norm):
         return normalise(norm, x, act, residual, pool, drop)
-    return _pooled(act(drop_add(drop, norm(x), residual)), pool)
+    y = drop_add(drop, norm(x), residual)
+    return _pooled(y if act is None else act(y), pool)
