@@ -14,7 +14,6 @@ import torch.fx
 from torch import Tensor, nn
 
 from vertebra import explain
-from vertebra import nn as ours
 from vertebra.interop._swap import Swapped
 from vertebra.interop.accelerate import accelerate, restore
 
@@ -194,11 +193,8 @@ def test_hooks_see_what_they_saw(pair):
             return seen, model(x)
 
     for name, _ in model.named_modules():
-        torch.testing.assert_close(
-            watched(accelerated, name),
-            watched(model, name),
-            msg=lambda m, name=name: f"{name}: {m}",
-        )
+        seen, expected = watched(accelerated, name), watched(model, name)
+        torch.testing.assert_close(seen, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_copies_stay_accelerated_and_pickles_do_not(pair):
@@ -217,3 +213,222 @@ def test_traces(pair):
     model, accelerated = (m.eval() for m in pair)
     x = images()
     torch.testing.assert_close(torch.fx.symbolic_trace(accelerated)(x), model(x))
+
+
+def layers(name: str) -> tuple[nn.Module, Tensor]:
+    """A module by itself, in training, and its input."""
+    from timm import layers as timm_layers
+
+    options = {
+        "BatchNormAct2d": {"act_layer": nn.SiLU, "drop_layer": partial(nn.Dropout, 0.5)},
+        "FrozenBatchNormAct2d": {"act_layer": "gelu"},
+        "SEModule": {"rd_ratio": 0.25, "gate_layer": "hard_sigmoid"},
+        "GlobalResponseNorm": {"channels_last": False},
+        "LayerScale2d": {"init_values": 0.7},
+        "DropPath": {"drop_prob": 1.0},
+        "DropBlock2d": {"drop_prob": 0.4, "block_size": 3, "couple_channels": False},
+        "GELU": {},
+        "Sigmoid": {"inplace": True},
+    }
+    args = () if name in ("DropPath", "DropBlock2d", "GELU", "Sigmoid") else (16,)
+    where = timm_layers.grn if name == "GlobalResponseNorm" else timm_layers
+    module = getattr(where, name)(*args, **options.get(name, {}))
+    dtype = torch.float if name == "LayerNorm2dFp32" else torch.double
+    return randomised(module).to(dtype).train(), torch.randn(3, 16, 6, 6, dtype=dtype)
+
+
+LAYERS = {
+    "BatchNormAct2d": "batch_norm_act",
+    "FrozenBatchNormAct2d": "scale_bias_act",
+    "SEModule": "squeeze_excite",
+    "LayerNorm2d": "layer_norm_2d",
+    "LayerNorm2dFp32": "layer_norm_2d",
+    "GlobalResponseNorm": "global_response_norm",
+    "LayerScale2d": "drop_path_add",
+    "DropPath": "drop_path_add",
+    "DropBlock2d": None,
+    "GELU": None,
+    "Sigmoid": None,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_by_itself(name, timm):
+    module, x = layers(name)
+    accelerated = accelerate(copy.deepcopy(module))
+    assert isinstance(accelerated, Swapped)
+    assert isinstance(accelerated, type(module))
+    assert set(ops(accelerated, x.clone())) == ({LAYERS[name]} if LAYERS[name] else set())
+
+    def run(module: nn.Module) -> list[Tensor | None]:
+        torch.manual_seed(1)
+        z = x.clone().requires_grad_()
+        y = module(z.clone())  # some write to their input
+        y.square().sum().backward()
+        state = [value for value in module.state_dict().values()]
+        return [y, z.grad, *(p.grad for p in module.parameters()), *state]
+
+    torch.testing.assert_close(run(accelerated), run(module))
+    torch.testing.assert_close(run(accelerated.eval()), run(module.eval()))
+    assert torch.fx.symbolic_trace(accelerated)(x.clone()).equal(accelerated(x.clone()))
+
+
+def blocks() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Blocks whose branch is dropped while they train, and their input."""
+    from timm.layers import DropPath, SEModule
+    from timm.models import convnext, regnet, resnet
+
+    drop = {"drop_path": DropPath(0.5)}
+    se = {"attn_layer": partial(SEModule, rd_channels=4)}
+    made = {
+        "basic": resnet.BasicBlock(8, 8, **drop),
+        "bottleneck": resnet.Bottleneck(8, 2, **drop),
+        "bottleneck_se": resnet.Bottleneck(8, 2, **drop, **se),
+        "regnet": regnet.Bottleneck(8, 8, group_size=4, drop_path_rate=0.5),
+        "convnext": convnext.ConvNeXtBlock(8, ls_init_value=0.5, drop_path=0.5),
+        "convnextv2": convnext.ConvNeXtBlock(8, ls_init_value=None, use_grn=True, drop_path=0.5),
+    }
+    return {
+        name: (randomised(block), torch.randn(16, 8, 5, 5).double()) for name, block in made.items()
+    }
+
+
+BLOCKS = ["basic", "bottleneck", "bottleneck_se", "regnet", "convnext", "convnextv2"]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_stochastic_depth_keeps_or_drops_each_sample(name, timm):
+    block, x = blocks()[name]
+    accelerated = accelerate(copy.deepcopy(block)).eval()
+    torch.testing.assert_close(accelerated(x), block.eval()(x))
+    accelerated.train()
+    kept, dropped = [], []
+    for keeps, found in ((True, kept), (False, dropped)):
+        twin = copy.deepcopy(block).train()
+        twin.drop_path = nn.Identity() if keeps else type(block.drop_path)(1.0)
+        if keeps:  # what is kept is divided by the chance that it is
+            twin.drop_path.register_forward_hook(lambda module, args, y: y / 0.5)
+        found.append(twin(x))
+    y = accelerated(x)
+    is_kept = (y - kept[0]).abs().amax((1, 2, 3)) < 1e-9
+    is_dropped = (y - dropped[0]).abs().amax((1, 2, 3)) < 1e-9
+    assert (is_kept ^ is_dropped).all()
+    assert 0 < is_kept.sum() < len(x)
+    assert ops(accelerated, x)["drop_path_add"] == 1
+
+
+def test_the_ends_of_blocks_are_one_op_while_training(timm):
+    found = {name: ops(accelerate(block).train(), x) for name, (block, x) in blocks().items()}
+    assert found == {
+        "basic": {"batch_norm_act": 2, "drop_path_add": 1},
+        "bottleneck": {"batch_norm_act": 3, "drop_path_add": 1},
+        "bottleneck_se": {"batch_norm_act": 3, "squeeze_excite": 1, "drop_path_add": 1},
+        "regnet": {"batch_norm_act": 3, "squeeze_excite": 1, "drop_path_add": 1},
+        "convnext": {"drop_path_add": 1},
+        "convnextv2": {"global_response_norm": 1, "drop_path_add": 1},
+    }
+
+
+def test_checkpoints_as_before(timm):
+    model = randomised(resnet(timm))
+    model.set_grad_checkpointing()
+    accelerated = accelerate(copy.deepcopy(model))
+    # recomputing, timm counts the last batch of every block again, and its op is not run to the end
+    expected = [value for value in trained(model) if value.is_floating_point()]
+    found = [value for value in trained(accelerated) if value.is_floating_point()]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_features_only(name, timm):
+    model = randomised(timm.create_model(name, features_only=True)).eval()
+    accelerated = accelerate(copy.deepcopy(model))
+    x = images(1)
+    torch.testing.assert_close(accelerated(x), model(x))
+    assert ops(accelerated, x)
+
+
+def test_features_by_name_of_node(timm):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = randomised(resnet(timm)).eval()
+    nodes = ["act1", "layer2", "layer4.0.bn1"]
+    expected = create_feature_extractor(model, nodes)(images(1).fill_(0.5))
+    found = create_feature_extractor(accelerate(model), nodes)(images(1).fill_(0.5))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["seresnet", "regnety", "convnextv2_conv"])
+def test_autocast_is_no_less_precise(name, timm):
+    model = randomised(FAMILIES[name][0](timm)).eval()
+    x = images()
+    exact = model(x).detach()
+    model, x = model.float(), x.float().to(memory_format=torch.channels_last)
+
+    def error(model: nn.Module) -> float:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return float((model(x) - exact).norm() / exact.norm())
+
+    assert error(accelerate(copy.deepcopy(model))) < 1.5 * error(model)
+
+
+@pytest.mark.parametrize("name", ["seresnet", "regnety", "convnext"])
+def test_layout_stays(name, timm):
+    model = randomised(FAMILIES[name][0](timm)).eval().to(memory_format=torch.channels_last)
+    x = images().to(memory_format=torch.channels_last)
+    expected = model.forward_features(x)
+    found = accelerate(model).forward_features(x)
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["bottleneck_se"], pytest.param(BLOCKS, marks=pytest.mark.thorough)],
+    ids=["one", "all"],
+)
+def test_compiles_whole(names, timm):
+    model = nn.Sequential(*(accelerate(blocks()[name][0]) for name in names)).eval()
+    x = torch.randn(2, 8, 5, 5).double()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_refuses_what_it_does_not_cover(timm):
+    from timm.layers import LayerNorm2d
+    from timm.layers.fast_norm import set_fast_norm
+
+    from vertebra.interop._swap import swap
+    from vertebra.nn import BatchNormAct2d
+
+    set_fast_norm()
+    try:
+        fast = LayerNorm2d(8)
+    finally:
+        set_fast_norm(False)
+    assert "fast norm" in swap(fast)
+    model = resnet(timm, norm_layer=BatchNormAct2d)
+    assert "its bn1 already ends in an activation" in swap(model)
+    assert "its bn1 already ends in an activation" in swap(model.layer1[0])
+    x = images().float()
+    expected = model.eval()(x)
+    assert accelerate(model)(x).equal(expected)
+
+
+def test_a_method_that_has_changed_is_left_alone(timm, monkeypatch):
+    from timm.layers import grn
+
+    from vertebra.interop import _swap
+
+    def forward(self, x):
+        return x + 1
+
+    module = grn.GlobalResponseNorm(8)
+    monkeypatch.setattr(grn.GlobalResponseNorm, "forward", forward)
+    _swap._swapped.cache_clear()
+    with pytest.warns(UserWarning, match=r"GlobalResponseNorm\.forward is not the one"):
+        accelerate(module)
+    assert type(module) is grn.GlobalResponseNorm
+    monkeypatch.undo()
+    _swap._swapped.cache_clear()
+    assert isinstance(accelerate(module), Swapped)

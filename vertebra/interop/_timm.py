@@ -19,8 +19,9 @@ from ..nn import (
     attn_act,
     norm_act,
 )
-from ..nn._act import has_hooks
+from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_drop_path, is_idle
+from ..nn.norm_act import normalise
 from ._swap import accelerates
 
 # for torch.fx these are leaves: they look at shapes, which a proxy does not have
@@ -44,13 +45,13 @@ class _GELU:
 
 
 @accelerates("timm.layers.norm_act.BatchNormAct2d", forward="4331d4c22db2")
-class _BatchNormAct2d:
-    forward = BatchNormAct2d.forward
-
-
 @accelerates("timm.layers.norm_act.FrozenBatchNormAct2d", forward="2f5ef055d5fd")
-class _FrozenBatchNormAct2d:
-    forward = FrozenBatchNormAct2d.forward
+class _NormAct:
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalise(self, x, self.act, drop=self.drop)
 
 
 @accelerates("timm.layers.drop.DropPath", forward="44d8d1b7489c")
@@ -104,12 +105,23 @@ class _GlobalResponseNorm:
         return y.permute(0, 2, 3, 1)
 
 
+def _is_bare(norm: Any) -> bool:
+    """Return whether a norm that may end in an activation ends in none, and nobody watches it."""
+    return (
+        isinstance(norm, _NormAct)
+        and not has_hooks(norm)  # pyright: ignore
+        and fusible_act(norm.act) == "none"
+        and is_idle(norm.drop)
+    )
+
+
 @accelerates("timm.layers.conv_bn_act.ConvNormAct", forward="f7d5c572bba0")
 class _ConvNormAct:
     """Also takes what a block ends in: `act(drop(conv_norm(x)) + residual)`."""
 
     conv: nn.Module
     bn: nn.Module
+    aa: nn.Module | None
 
     def forward(
         self,
@@ -118,14 +130,13 @@ class _ConvNormAct:
         act: nn.Module | None = None,
         drop: nn.Module | None = None,
     ) -> Tensor:
-        x = self.conv(x)
-        aa = getattr(self, "aa", None)
-        if aa is None and isinstance(act, nn.Module):
-            return norm_act(self.bn, x, act, residual, drop=drop)
-        x = self.bn(x)
-        x = x if aa is None else aa(x)
-        # left out, an argument is None or a proxy
-        return act(drop_add(drop, x, residual)) if isinstance(act, nn.Module) else x
+        y = self.conv(x)
+        ends = isinstance(act, nn.Module)  # left out, it is None or the proxy of an argument
+        if ends and self.aa is None and _is_bare(self.bn) and not isinstance(x, torch.fx.Proxy):
+            return normalise(self.bn, y, act, residual, drop=drop)
+        y = self.bn(y)
+        y = y if self.aa is None else self.aa(y)
+        return act(drop_add(drop, y, residual)) if ends else y
 
 
 # models

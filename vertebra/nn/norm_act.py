@@ -308,13 +308,9 @@ def create_norm_act(
 
 def _is_bare(norm: nn.Module) -> bool:
     """Return whether `norm` computes what `normalise` does, no more, and nobody watches it."""
-    if has_hooks(norm):
-        return False
-    forward: Any = type(norm).forward
-    if forward is _FusesAct.forward:
-        own: Any = norm
-        return fusible_act(own.act) == "none" and is_idle(own.drop)
-    return forward is nn.BatchNorm2d.forward or forward is FrozenBatchNorm2d.forward
+    forward = type(norm).forward
+    computes = forward is nn.BatchNorm2d.forward or forward is FrozenBatchNorm2d.forward
+    return computes and not has_hooks(norm)
 
 
 def norm_act(
