@@ -108,8 +108,8 @@ class _GlobalResponseNorm:
 def _is_bare(norm: Any) -> bool:
     """Return whether a norm that may end in an activation ends in none, and nobody watches it."""
     return (
-        isinstance(norm, _NormAct)
-        and not has_hooks(norm)  # pyright: ignore
+        not has_hooks(norm)
+        and isinstance(norm, _NormAct)
         and fusible_act(norm.act) == "none"
         and is_idle(norm.drop)
     )
@@ -121,7 +121,6 @@ class _ConvNormAct:
 
     conv: nn.Module
     bn: nn.Module
-    aa: nn.Module | None
 
     def forward(
         self,
@@ -130,12 +129,12 @@ class _ConvNormAct:
         act: nn.Module | None = None,
         drop: nn.Module | None = None,
     ) -> Tensor:
-        y = self.conv(x)
+        y, aa = self.conv(x), getattr(self, "aa", None)
         ends = isinstance(act, nn.Module)  # left out, it is None or the proxy of an argument
-        if ends and self.aa is None and _is_bare(self.bn) and not isinstance(x, torch.fx.Proxy):
+        if ends and aa is None and _is_bare(self.bn) and not isinstance(x, torch.fx.Proxy):
             return normalise(self.bn, y, act, residual, drop=drop)
         y = self.bn(y)
-        y = y if self.aa is None else self.aa(y)
+        y = y if aa is None else aa(y)
         return act(drop_add(drop, y, residual)) if ends else y
 
 
