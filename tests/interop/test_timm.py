@@ -179,6 +179,13 @@ def test_runs_our_ops(family, pair):
     assert all(map(isinstance, accelerated.modules(), map(type, model.modules())))
 
 
+WATCHED = ["resnet_drop", "seresnet", "regnety", "convnextv2_conv"]
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.thorough) for name in FAMILIES if name not in WATCHED
+]
+
+
+@pytest.mark.parametrize("family", [*WATCHED, *OTHERS], indirect=True)
 def test_hooks_see_what_they_saw(pair):
     """One module at a time is watched, in eval mode: the others stay fused around it."""
     model, accelerated = (m.eval() for m in pair)
