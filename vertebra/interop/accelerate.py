@@ -12,7 +12,7 @@ from ._swap import Swapped, has_recipe, swap, target, unswap
 
 M = TypeVar("M", bound=nn.Module)
 
-_LIBRARIES = ("torchvision", "transformers")
+_LIBRARIES = ("timm", "torchvision", "transformers")
 
 
 @cache

@@ -23,16 +23,20 @@ _BY_NAME: dict[str, type[nn.Module]] = {
     "hardsigmoid": nn.Hardsigmoid,
 }
 
-_FUSIBLE: dict[type[nn.Module], str] = {
-    nn.Identity: "none",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
+# by what they compute, which a class may take from torch's
+_FUSIBLE: dict[Callable[..., Any], str] = {
+    nn.Identity.forward: "none",
+    nn.ReLU.forward: "relu",
+    nn.SiLU.forward: "silu",
+    nn.GELU.forward: "gelu",
+    nn.Hardswish.forward: "hardswish",
+    nn.Sigmoid.forward: "sigmoid",
 }
 
-_GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
+_GATES: dict[Callable[..., Any], str] = {
+    nn.Sigmoid.forward: "sigmoid",
+    nn.Hardsigmoid.forward: "hard_sigmoid",
+}
 
 
 def by_name(option: str, name: str, layers: Mapping[str, T]) -> T:
@@ -73,11 +77,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 def fusible_act(act: nn.Module) -> str | None:
     """Return the name under which an op can run `act` itself, or None."""
-    if has_hooks(act) or (isinstance(act, nn.GELU) and act.approximate != "none"):
+    if has_hooks(act) or getattr(act, "approximate", "none") != "none":
         return None
-    return _FUSIBLE.get(type(act))
+    return _FUSIBLE.get(type(act).forward)
 
 
 def fusible_gate(gate: nn.Module) -> str | None:
     """Return the name under which an op can run `gate` itself, or None."""
-    return None if has_hooks(gate) else _GATES.get(type(gate))
+    return None if has_hooks(gate) else _GATES.get(type(gate).forward)

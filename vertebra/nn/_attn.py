@@ -35,6 +35,7 @@ def attn_act(
         residual: the shortcut.
         drop: stochastic depth; None for none.
     """
-    if isinstance(attn, SqueezeExcite) and not has_hooks(attn) and is_idle(drop):
+    excites = type(attn).forward is SqueezeExcite.forward
+    if excites and not has_hooks(attn) and is_idle(drop):
         return attn(x, residual, act)
     return act(drop_add(drop, attn(x), residual))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch.fx
 from torch import Tensor, nn
 
@@ -13,19 +15,25 @@ from .drop_path import DropPath
 torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
 
 
+def is_drop_path(drop: nn.Module) -> TypeGuard[DropPath]:
+    """Return whether `drop` computes what `DropPath` does, and nobody watches it."""
+    return type(drop).forward is DropPath.forward and not has_hooks(drop)
+
+
 def is_idle(drop: nn.Module | None) -> bool:
     """Return whether `drop` returns what it is given, and nobody watches it."""
     if drop is None:
         return True
-    if type(drop) is DropPath or type(drop) is DropBlock2d:
+    forward = type(drop).forward
+    if forward is DropPath.forward or forward is DropBlock2d.forward:
         return not (drop.training and drop.drop_prob) and not has_hooks(drop)
-    return type(drop) is nn.Identity and not has_hooks(drop)
+    return forward is nn.Identity.forward and not has_hooks(drop)
 
 
 def drop_add(drop: nn.Module | None, x: Tensor, residual: Tensor | None) -> Tensor:
     """Return `drop(x) + residual`, of x's shape: one op where `drop` is stochastic depth."""
     if drop is not None and not is_idle(drop):
-        if residual is not None and type(drop) is DropPath and not has_hooks(drop):
+        if residual is not None and is_drop_path(drop):
             return drop_path_add(
                 x, residual, drop_prob=drop.drop_prob, scale_by_keep=drop.scale_by_keep
             )

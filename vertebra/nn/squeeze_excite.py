@@ -90,7 +90,7 @@ class SqueezeExcite(nn.Module):
     ) -> Tensor:
         if not isinstance(out_act, nn.Module):  # None, or the proxy of an argument left out
             out_act = None
-        if type(self.bn) is nn.Identity and not self.add_maxpool:
+        if type(self.bn) is nn.Identity and not has_hooks(self.bn) and not self.add_maxpool:
             return excite(x, self.fc1, self.act, self.fc2, self.gate, residual, out_act)
         s = x.mean((2, 3), keepdim=True)
         if self.add_maxpool:

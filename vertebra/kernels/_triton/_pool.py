@@ -66,14 +66,16 @@ def image_sum(sums_ptr, n, splits, c, C, BLOCK_S: tl.constexpr):
     return tl.sum(parts, axis=0, keep_dims=True)
 
 
-def image_blocks(sums: Tensor, N: int) -> dict[str, Any]:
-    """Return the arguments of a kernel that reads `pool`'s sums, one program per image."""
+def image_blocks(sums: Tensor, N: int, lane: int = 8) -> dict[str, Any]:
+    """Return the arguments of a kernel that reads `pool`'s sums, one program per image.
+
+    A lane of a program has `lane` of the sums at a time.
+    """
     _, rows, C = sums.shape
     splits = rows // N
     BLOCK_S = triton.next_power_of_2(splits)
     BLOCK_C = min(triton.next_power_of_2(C), _IMAGE_TILE // BLOCK_S)
-    # 16 sums a lane: with 8 in 8 warps ptxas spilled 8 bytes on sm_100
-    num_warps = max(1, min(8, BLOCK_S * BLOCK_C // 512))
+    num_warps = max(1, min(8, BLOCK_S * BLOCK_C // (32 * lane)))
     blocks = {"BLOCK_S": BLOCK_S, "BLOCK_C": BLOCK_C, "num_warps": num_warps}
     return {"C": C, "splits": splits, **blocks}
 

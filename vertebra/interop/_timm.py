@@ -1,0 +1,290 @@
+"""Recipes for timm's modules: the same sums, in as few ops as there can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch.fx
+from torch import Tensor, nn
+
+from ..kernels import drop_path_add, global_response_norm, layer_norm_2d
+from ..nn import (
+    BatchNormAct2d,
+    DropBlock2d,
+    DropPath,
+    FrozenBatchNormAct2d,
+    LayerScale2d,
+    SqueezeExcite,
+    attn_act,
+    norm_act,
+)
+from ..nn._act import fusible_act, has_hooks
+from ..nn._drop import drop_add, is_drop_path, is_idle
+from ..nn.norm_act import normalise
+from ._swap import accelerates
+
+# for torch.fx these are leaves: they look at shapes, which a proxy does not have
+torch.fx.wrap("drop_path_add")
+torch.fx.wrap("global_response_norm")
+torch.fx.wrap("layer_norm_2d")
+
+
+# layers: those that are ours under another name take our forward, by which our blocks know them
+
+
+@accelerates("timm.layers.activations.Sigmoid", forward="ab925d03026f")
+class _Sigmoid:
+    forward = nn.Sigmoid.forward
+
+
+@accelerates("timm.layers.activations.GELU", forward="8905d5ca300f")
+class _GELU:
+    approximate = "none"
+    forward = nn.GELU.forward
+
+
+@accelerates("timm.layers.norm_act.BatchNormAct2d", forward="4331d4c22db2")
+@accelerates("timm.layers.norm_act.FrozenBatchNormAct2d", forward="2f5ef055d5fd")
+class _NormAct:
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalise(self, x, self.act, drop=self.drop)
+
+
+@accelerates("timm.layers.drop.DropPath", forward="44d8d1b7489c")
+class _DropPath:
+    forward = DropPath.forward
+
+
+@accelerates("timm.layers.drop.DropBlock2d", forward="b45748921bc2")
+class _DropBlock2d:
+    forward = DropBlock2d.forward
+
+
+@accelerates("timm.layers.layer_scale.LayerScale2d", forward="7c0b8ff26231")
+class _LayerScale2d:
+    forward = LayerScale2d.forward
+
+
+@accelerates("timm.layers.squeeze_excite.SEModule", forward="461e8983476d")
+class _SEModule:
+    forward = SqueezeExcite.forward
+
+
+def _is_fast(module: Any) -> str | None:
+    if getattr(module, "_fast_norm", False):
+        return "timm's fast norm gives the dtype of autocast"
+    return None
+
+
+@accelerates("timm.layers.norm.LayerNorm2d", _is_fast, forward="86032d8da7ad")
+@accelerates("timm.layers.norm.LayerNorm2dFp32", forward="f40619021d6f")
+class _LayerNorm2d:
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm_2d(x, self.weight, self.bias, self.eps)
+
+
+@accelerates("timm.layers.grn.GlobalResponseNorm", forward="a553a12f4be5")
+class _GlobalResponseNorm:
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    channel_dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channel_dim == 1:
+            return global_response_norm(x, self.weight, self.bias, self.eps)
+        y = global_response_norm(x.permute(0, 3, 1, 2), self.weight, self.bias, self.eps)
+        return y.permute(0, 2, 3, 1)
+
+
+def _is_bare(norm: Any) -> bool:
+    """Return whether a norm that may end in an activation ends in none, and nobody watches it."""
+    return (
+        not has_hooks(norm)
+        and isinstance(norm, _NormAct)
+        and fusible_act(norm.act) == "none"
+        and is_idle(norm.drop)
+    )
+
+
+@accelerates("timm.layers.conv_bn_act.ConvNormAct", forward="f7d5c572bba0")
+class _ConvNormAct:
+    """Also takes what a block ends in: `act(drop(conv_norm(x)) + residual)`."""
+
+    conv: nn.Module
+    bn: nn.Module
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        act: nn.Module | None = None,
+        drop: nn.Module | None = None,
+    ) -> Tensor:
+        y, aa = self.conv(x), getattr(self, "aa", None)
+        ends = isinstance(act, nn.Module)  # left out, it is None or the proxy of an argument
+        if ends and aa is None and _is_bare(self.bn) and not isinstance(x, torch.fx.Proxy):
+            return normalise(self.bn, y, act, residual, drop=drop)
+        y = self.bn(y)
+        y = y if aa is None else aa(y)
+        return act(drop_add(drop, y, residual)) if ends else y
+
+
+# models
+
+
+def _has_other_norms(module: Any) -> str | None:
+    """Refuse norms of ours, which would keep the activation to themselves in any other block."""
+    for name, child in module.named_modules():
+        if isinstance(child, BatchNormAct2d | FrozenBatchNormAct2d):
+            return f"its {name} already ends in an activation of its own"
+    return None
+
+
+def _end(norm: nn.Module, x: Tensor, act: nn.Module, shortcut: Tensor, block: Any) -> Tensor:
+    """Return what a block of a ResNet makes of the output of its last convolution."""
+    if block.se is None:
+        return norm_act(norm, x, act, shortcut, drop=block.drop_path)
+    x = norm_act(norm, x, None)
+    return attn_act(block.se, x, act, shortcut, block.drop_path)
+
+
+@accelerates("timm.models.resnet.BasicBlock", _has_other_norms, forward="e4686da2afbb")
+class _BasicBlock:
+    conv1: nn.Module
+    bn1: nn.Module
+    drop_block: nn.Module
+    act1: nn.Module
+    aa: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+    act2: nn.Module
+    downsample: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_act(self.bn1, self.conv1(x), self.act1, drop=self.drop_block)
+        y = self.conv2(self.aa(y))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return _end(self.bn2, y, self.act2, shortcut, self)
+
+
+@accelerates("timm.models.resnet.Bottleneck", _has_other_norms, forward="5d90a8332551")
+class _Bottleneck:
+    conv1: nn.Module
+    bn1: nn.Module
+    act1: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+    drop_block: nn.Module
+    act2: nn.Module
+    aa: nn.Module
+    conv3: nn.Module
+    bn3: nn.Module
+    act3: nn.Module
+    downsample: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_act(self.bn1, self.conv1(x), self.act1)
+        y = norm_act(self.bn2, self.conv2(y), self.act2, drop=self.drop_block)
+        y = self.conv3(self.aa(y))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return _end(self.bn3, y, self.act3, shortcut, self)
+
+
+def _in_pairs(modules: nn.Module, x: Tensor) -> Tensor:
+    """Run the part of a stem that may be a sequence, each norm of it with the activation behind."""
+    if type(modules) is not nn.Sequential or has_hooks(modules):
+        return modules(x)
+    rest = iter(modules)
+    for module in rest:
+        if isinstance(module, nn.BatchNorm2d):
+            x = norm_act(module, x, next(rest, None))
+        else:
+            x = module(x)
+    return x
+
+
+@accelerates("timm.models.resnet.ResNet", _has_other_norms, forward_features="2be3b0b2e653")
+class _ResNet:
+    conv1: nn.Module
+    bn1: nn.Module
+    act1: nn.Module
+    maxpool: nn.Module
+    layer1: Iterable[nn.Module]
+    layer2: Iterable[nn.Module]
+    layer3: Iterable[nn.Module]
+    layer4: Iterable[nn.Module]
+    grad_checkpointing: bool
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = _in_pairs(self.conv1, x)
+        if type(self.maxpool) is nn.Sequential:
+            x = _in_pairs(self.maxpool, norm_act(self.bn1, x, self.act1))
+        else:
+            x = norm_act(self.bn1, x, self.act1, pool=self.maxpool)
+        stages: Any = (self.layer1, self.layer2, self.layer3, self.layer4)
+        if self.grad_checkpointing:
+            from timm.models import checkpoint_seq
+
+            return checkpoint_seq(stages, x, flatten=True)
+        for stage in stages:
+            x = stage(x)
+        return x
+
+
+@accelerates("timm.models.regnet.Bottleneck", forward="f90a5d3f27f2")
+class _RegNetBottleneck:
+    conv1: nn.Module
+    conv2: nn.Module
+    se: nn.Module
+    conv3: nn.Module
+    act3: nn.Module
+    downsample: nn.Module | None
+    drop_path: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.se(self.conv2(self.conv1(x)))
+        if self.downsample is None:
+            return self.act3(self.conv3(y))
+        shortcut = self.downsample(x)
+        if isinstance(self.conv3, _ConvNormAct) and not has_hooks(self.conv3):
+            return self.conv3(y, shortcut, self.act3, self.drop_path)
+        return self.act3(drop_add(self.drop_path, self.conv3(y), shortcut))
+
+
+@accelerates("timm.models.convnext.ConvNeXtBlock", forward="0f64aa9d33cd")
+class _ConvNeXtBlock:
+    conv_dw: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
+    gamma: Tensor | None
+    shortcut: nn.Module
+    drop_path: Any
+    use_conv_mlp: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv_dw(x)
+        if self.use_conv_mlp:
+            y = self.mlp(self.norm(y))
+        else:
+            y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        shortcut, drop = self.shortcut(x), self.drop_path
+        if self.gamma is None:
+            return drop_add(drop, y, shortcut)
+        if is_idle(drop):
+            return drop_path_add(y, shortcut, self.gamma)
+        if is_drop_path(drop):
+            return drop_path_add(
+                *(y, shortcut, self.gamma),
+                drop_prob=drop.drop_prob,
+                scale_by_keep=drop.scale_by_keep,
+            )
+        return drop(y * self.gamma[:, None, None]) + shortcut
