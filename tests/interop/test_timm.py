@@ -415,7 +415,7 @@ def test_refuses_what_it_does_not_cover(timm):
     from timm.layers import LayerNorm2d
     from timm.layers.fast_norm import set_fast_norm
 
-    from vertebra.interop._swap import swap
+    from vertebra.interop import report
     from vertebra.nn import BatchNormAct2d
 
     set_fast_norm()
@@ -423,10 +423,11 @@ def test_refuses_what_it_does_not_cover(timm):
         fast = LayerNorm2d(8)
     finally:
         set_fast_norm(False)
-    assert "fast norm" in swap(fast)
+    assert "fast norm" in report(accelerate(fast))[0].reason
     model = resnet(timm, norm_layer=BatchNormAct2d)
-    assert "its bn1 already ends in an activation" in swap(model)
-    assert "its bn1 already ends in an activation" in swap(model.layer1[0])
+    reasons = {site.name: site.reason for site in report(accelerate(model))}
+    for name in ("", "layer1.0"):
+        assert "its bn1 already ends in an activation" in reasons[name]
     x = images().float()
     expected = model.eval()(x)
     assert accelerate(model)(x).equal(expected)
