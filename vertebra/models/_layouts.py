@@ -24,10 +24,12 @@ class Layout(NamedTuple):
     Attributes:
         rename: from our key, and all of our keys, to theirs.
         reshape: from their key and our weight to their weight.
+        alike: keys that are ours and theirs.
     """
 
     rename: Callable[[str, Collection[str]], str]
     reshape: Callable[[str, Tensor], Tensor] = lambda key, weight: weight
+    alike: Collection[str] = ()
 
     def names(self, keys: Collection[str]) -> dict[str, str]:
         """Return their key for each of ours."""
@@ -222,7 +224,7 @@ LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
     },
     "regnet": {
         "torchvision": Layout(_ours),
-        "timm": Layout(_regnet_timm),
+        "timm": Layout(_regnet_timm, alike=("stem.weight",)),  # of blocks that start with a norm
         "transformers": Layout(_regnet_transformers),
     },
     "convnext": {
@@ -269,9 +271,10 @@ def export(weights: Mapping[str, Tensor], family: str, layout: str) -> dict[str,
         raise ValueError(
             f"the layouts of {family} are {', '.join(LAYOUTS[family])}; got {layout!r}"
         )
-    rename, reshape = LAYOUTS[family][layout]
+    rename, reshape, alike = LAYOUTS[family][layout]
     names = {key: rename(key, weights.keys()) for key in weights}
-    nameless = [key for key, theirs in names.items() if key == theirs and rename is not _ours]
+    nameless = [key for key in names if key == names[key] and key not in alike]
+    nameless = [] if rename is _ours else nameless
     if nameless:
         raise ValueError(
             f"{layout} has no name for {nameless[0]} ({len(nameless)} such weights): it has no "
