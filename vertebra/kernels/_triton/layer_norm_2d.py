@@ -64,7 +64,7 @@ def pick(view: Geometry, itemsize: int, backward: bool, sms: int) -> Config:
     all_c = triton.next_power_of_2(C)
     # where pixels are contiguous a row of the tile is two sectors, but for a map of few pixels
     row, least = (1, 1) if view.channels_last else (64 // itemsize, 16 // itemsize)
-    share = (32 if itemsize < 4 else 16) if backward else 64
+    share = (16 if itemsize == 4 else 32) if backward else 64
     lane = share // itemsize // max(1, min(4, 16 // (view.unit * itemsize)))
     lane = max(1, lane)
     whole = all_c <= 4096 if view.channels_last else all_c * row <= lane * 32 * 8
