@@ -92,7 +92,7 @@ def parity(
     sizes: Annotated[str, typer.Option(help="Pixels per side, comma-separated.")] = "224,97",
     json: Annotated[Path | None, typer.Option(help="Also write what was found there.")] = None,
 ) -> None:
-    """Compare every model with its peers: parameters, keys, outputs, gradients. Takes an hour."""
+    """Compare models with their peers: parameters, keys, outputs, gradients. All take long."""
     from .bench.parity import BUILDERS, run
 
     of = peers.split(",")
