@@ -8,27 +8,22 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
-from ..kernels import drop_path_add, global_response_norm, layer_norm_2d
 from ..nn import (
     BatchNormAct2d,
     DropBlock2d,
     DropPath,
     FrozenBatchNormAct2d,
+    GlobalResponseNorm,
+    LayerNorm2d,
     LayerScale2d,
     SqueezeExcite,
     attn_act,
     norm_act,
 )
 from ..nn._act import fusible_act, has_hooks
-from ..nn._drop import drop_add, is_drop_path, is_idle
+from ..nn._drop import drop_add, is_idle
 from ..nn.norm_act import normalise
 from ._swap import accelerates
-
-# for torch.fx these are leaves: they look at shapes, which a proxy does not have
-torch.fx.wrap("drop_path_add")
-torch.fx.wrap("global_response_norm")
-torch.fx.wrap("layer_norm_2d")
-
 
 # layers: those that are ours under another name take our forward, by which our blocks know them
 
@@ -83,26 +78,18 @@ def _is_fast(module: Any) -> str | None:
 @accelerates("timm.layers.norm.LayerNorm2d", _is_fast, forward="86032d8da7ad")
 @accelerates("timm.layers.norm.LayerNorm2dFp32", forward="f40619021d6f")
 class _LayerNorm2d:
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm_2d(x, self.weight, self.bias, self.eps)
+    data_format = "channels_first"
+    forward = LayerNorm2d.forward
 
 
 @accelerates("timm.layers.grn.GlobalResponseNorm", forward="a553a12f4be5")
 class _GlobalResponseNorm:
-    weight: Tensor
-    bias: Tensor
-    eps: float
     channel_dim: int
+    forward = GlobalResponseNorm.forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.channel_dim == 1:
-            return global_response_norm(x, self.weight, self.bias, self.eps)
-        y = global_response_norm(x.permute(0, 3, 1, 2), self.weight, self.bias, self.eps)
-        return y.permute(0, 2, 3, 1)
+    @property
+    def channels_last(self) -> bool:
+        return self.channel_dim != 1
 
 
 def _is_bare(norm: Any) -> bool:
@@ -276,15 +263,4 @@ class _ConvNeXtBlock:
             y = self.mlp(self.norm(y))
         else:
             y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        shortcut, drop = self.shortcut(x), self.drop_path
-        if self.gamma is None:
-            return drop_add(drop, y, shortcut)
-        if is_idle(drop):
-            return drop_path_add(y, shortcut, self.gamma)
-        if is_drop_path(drop):
-            return drop_path_add(
-                *(y, shortcut, self.gamma),
-                drop_prob=drop.drop_prob,
-                scale_by_keep=drop.scale_by_keep,
-            )
-        return drop(y * self.gamma[:, None, None]) + shortcut
+        return drop_add(self.drop_path, y, self.shortcut(x), self.gamma)

@@ -8,16 +8,14 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..kernels import drop_path_add, layer_norm_2d
-from ..nn import norm_act
+from ..kernels import drop_path_add
+from ..nn import LayerNorm2d, norm_act
 from ..nn._act import has_hooks
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._swap import accelerates
 
-# for torch.fx these are leaves: they look at shapes, which a proxy does not have
-torch.fx.wrap("drop_path_add")
-torch.fx.wrap("layer_norm_2d")
+torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
 
 
 @accelerates("torchvision.models.resnet.BasicBlock", forward="9bd14d665e00")
@@ -128,12 +126,8 @@ class _FrozenBatchNorm2d:
 
 @accelerates("torchvision.models.convnext.LayerNorm2d", forward="573c0b10b38b")
 class _LayerNorm2d:
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm_2d(x, self.weight, self.bias, self.eps)
+    data_format = "channels_first"
+    forward = LayerNorm2d.forward
 
 
 def _is_of_rows(module: Any) -> str | None:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..kernels import drop_path_add, global_response_norm, layer_norm_2d
-from ..nn import DropPath, norm_act
+from ..kernels import drop_path_add
+from ..nn import DropPath, GlobalResponseNorm, LayerNorm2d, norm_act
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
 from ..nn.norm_act import FrozenBatchNorm2d
@@ -16,8 +16,6 @@ from ..nn.squeeze_excite import excite
 from ._swap import Refuses, accelerates
 
 R = TypeVar("R", bound=type)
-
-_IDENTITY = nn.Identity()
 
 
 def _accelerates(
@@ -74,7 +72,7 @@ class _ShortCut:
     normalization: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        return norm_act(self.normalization, self.convolution(input), _IDENTITY)
+        return norm_act(self.normalization, self.convolution(input))
 
 
 def _split(layers: nn.Module) -> tuple[list[nn.Module], _ConvNormAct] | None:
@@ -192,18 +190,11 @@ def _is_over_channels(module: Any) -> str | None:
     refuses=_is_over_channels,
 )
 class _LayerNorm(nn.Module):
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    data_format: str
-
     def forward(self, features: Tensor) -> Tensor:
-        if features.dim() != 4:
-            return super().forward(features)
-        if self.data_format == "channels_first":
-            return layer_norm_2d(features, self.weight, self.bias, self.eps)
-        x = features.permute(0, 3, 1, 2)
-        return layer_norm_2d(x, self.weight, self.bias, self.eps).permute(0, 2, 3, 1)
+        own: Any = self
+        return (
+            LayerNorm2d.forward(own, features) if features.dim() == 4 else super().forward(features)
+        )
 
 
 @_accelerates(
@@ -281,10 +272,8 @@ class _ConvNextV2Layer:
 
 @_accelerates("05bf2a87fa52", "convnextv2.modeling_convnextv2.ConvNextV2GRN")
 class _GRN:
-    weight: Tensor
-    bias: Tensor
+    eps, channels_last = 1e-6, True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.permute(0, 3, 1, 2)
-        y = global_response_norm(x, self.weight.flatten(), self.bias.flatten(), 1e-6)
-        return y.permute(0, 2, 3, 1)
+        own: Any = self
+        return GlobalResponseNorm.forward(own, hidden_states)

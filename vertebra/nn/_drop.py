@@ -30,12 +30,16 @@ def is_idle(drop: nn.Module | None) -> bool:
     return forward is nn.Identity.forward and not has_hooks(drop)
 
 
-def drop_add(drop: nn.Module | None, x: Tensor, residual: Tensor | None) -> Tensor:
-    """Return `drop(x) + residual`, of x's shape: one op where `drop` is stochastic depth."""
+def drop_add(
+    drop: nn.Module | None, x: Tensor, residual: Tensor | None, gamma: Tensor | None = None
+) -> Tensor:
+    """Return `drop(gamma * x) + residual`, of x's shape: one op where `drop` is a `DropPath`."""
     if drop is not None and not is_idle(drop):
         if residual is not None and is_drop_path(drop):
             return drop_path_add(
-                x, residual, drop_prob=drop.drop_prob, scale_by_keep=drop.scale_by_keep
+                *(x, residual, gamma), drop_prob=drop.drop_prob, scale_by_keep=drop.scale_by_keep
             )
-        x = drop(x)
+        x = drop(x if gamma is None else drop_path_add(x, gamma=gamma))
+    elif gamma is not None:
+        return drop_path_add(x, residual, gamma)
     return x if residual is None else x + residual.expand_as(x)

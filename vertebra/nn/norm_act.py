@@ -101,8 +101,9 @@ def normalise(
 
 def _statistics(norm: Any) -> tuple[dict[str, Any], Tensor | None]:
     """Return what normalises, as arguments of `batch_norm_act_pool`, and the counter to advance."""
-    is_frozen = not isinstance(norm, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage]
-    if is_frozen or (not norm.training and norm.running_mean is not None):
+    if not isinstance(norm, nn.BatchNorm2d) or (
+        not norm.training and norm.running_mean is not None
+    ):
         stored = {"running_mean": norm.running_mean, "running_var": norm.running_var}
         return {"training": False, "eps": norm.eps, **stored}, None
     tracks = norm.training and norm.track_running_stats and norm.running_mean is not None
@@ -308,9 +309,8 @@ def create_norm_act(
 
 def _is_bare(norm: nn.Module) -> bool:
     """Return whether `norm` computes what `normalise` does, no more, and nobody watches it."""
-    forward = type(norm).forward
-    computes = forward is nn.BatchNorm2d.forward or forward is FrozenBatchNorm2d.forward
-    return computes and not has_hooks(norm)
+    kind = nn.BatchNorm2d if isinstance(norm, nn.BatchNorm2d) else FrozenBatchNorm2d
+    return type(norm).forward is kind.forward and not has_hooks(norm)
 
 
 def norm_act(
