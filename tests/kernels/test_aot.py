@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vertebra.kernels import _triton
 from vertebra.kernels._triton import _aot
-from vertebra.kernels._triton._launch import Launch
+from vertebra.kernels._triton._launch import Launch, limits
 from vertebra.testing import aot
 from vertebra.testing.cases import OPS, Case, cases, example
 
@@ -125,6 +125,17 @@ def test_resources_past_their_limit_are_refused() -> None:
             "stores at most 32 bits at a time in the final code: not {'y_ptr': 128}",
             "ptxas has serialized its wgmmas",
         ]
+
+
+@compiling
+def test_compilers_are_told_how_many_registers_there_are() -> None:
+    y, x = maps(2, 1, 1, 64, 64)
+    launch = Launch(_copy, (1,), {"y_ptr": y, "x_ptr": x, "n": 4096, "BLOCK": 2048})
+    with patch.object(sys.modules[_copy.__module__], "REGISTERS", {"_copy": 24}, create=True):
+        assert _aot.specialise(launch, _aot.TARGETS["sm_90"])[1].maxnreg == 24
+        assert "maxnreg" not in vars(_aot.specialise(launch, _aot.TARGETS["gfx942"])[1])
+        assert limits(_copy, "cuda") == {"maxnreg": 24}  # what a launch adds on a GPU
+    assert _aot.specialise(launch, _aot.TARGETS["sm_90"])[1].maxnreg is None
 
 
 @compiling

@@ -84,6 +84,23 @@ def test_what_a_layout_cannot_express_is_refused(name: str) -> None:
         export_weights(model, "transformers")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "layout"),
+    [
+        ("resnetblur18", {}, "transformers"),
+        ("resnetaa50", {}, "torchvision"),
+        ("resnet50", {"downsample_in_bottleneck": True}, "timm"),
+        ("resnet18", {"downsample_in_first_stage": True}, "torchvision"),
+    ],
+)
+def test_what_no_weight_shows_is_refused_too(name: str, options: dict, layout: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name, **options)
+    with pytest.raises(ValueError, match=rf"{layout} has no resnet with \w+=.*no weight shows"):
+        export_weights(model, layout)
+    assert export_weights(model, "transformers" if options else "timm")
+
+
 def test_weights_of_another_family_are_refused() -> None:
     regnet = create_model("regnet_x_400mf")
     for weights in (regnet.state_dict(), export_weights(regnet, "transformers")):

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,11 +26,13 @@ class Layout(NamedTuple):
         rename: from our key, and all of our keys, to theirs.
         reshape: from their key and our weight to their weight.
         alike: keys that are ours and theirs.
+        lacks: options of ours that no weight shows, and theirs does not have.
     """
 
     rename: Callable[[str, Collection[str]], str]
     reshape: Callable[[str, Tensor], Tensor] = lambda key, weight: weight
     alike: Collection[str] = ()
+    lacks: Collection[str] = ()
 
     def names(self, keys: Collection[str]) -> dict[str, str]:
         """Return their key for each of ours."""
@@ -216,11 +219,13 @@ def _with_linear_mlps(key: str, weight: Tensor) -> Tensor:
     return weight.flatten(1) if is_mlp else weight
 
 
+_STRIDES = ("downsample_in_first_stage", "downsample_in_bottleneck")
+
 LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
     "resnet": {
-        "torchvision": Layout(_ours),
-        "timm": Layout(_ours),
-        "transformers": Layout(_resnet_transformers),
+        "torchvision": Layout(_ours, lacks=("aa_layer", *_STRIDES)),
+        "timm": Layout(_ours, lacks=_STRIDES),
+        "transformers": Layout(_resnet_transformers, lacks=("aa_layer",)),
     },
     "regnet": {
         "torchvision": Layout(_ours),
@@ -261,6 +266,19 @@ def recognise(
     return {best.get(key, key): weight for key, weight in weights.items()}
 
 
+def check_options(config: Any, family: str, layout: str) -> None:
+    """Raise ValueError if a library's network with these weights would compute something else."""
+    defaults = {field.name: field.default for field in fields(config)}
+    for option in LAYOUTS[family][layout].lacks if layout in LAYOUTS[family] else ():
+        value = getattr(config, option)
+        if value != defaults[option]:
+            raise ValueError(
+                f"{layout} has no {family} with {option}={value!r}, which no weight shows: its "
+                f"network would compute something else; choose another of "
+                f"{', '.join(LAYOUTS[family])}"
+            )
+
+
 def export(weights: Mapping[str, Tensor], family: str, layout: str) -> dict[str, Tensor]:
     """Return our `weights` under another library's names, in its shapes.
 
@@ -271,7 +289,7 @@ def export(weights: Mapping[str, Tensor], family: str, layout: str) -> dict[str,
         raise ValueError(
             f"the layouts of {family} are {', '.join(LAYOUTS[family])}; got {layout!r}"
         )
-    rename, reshape, alike = LAYOUTS[family][layout]
+    rename, reshape, alike, _ = LAYOUTS[family][layout]
     names = {key: rename(key, weights.keys()) for key in weights}
     nameless = [key for key in names if key == names[key] and key not in alike]
     nameless = [] if rename is _ours else nameless

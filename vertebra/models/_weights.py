@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._hub import download, in_folder, is_repository
-from ._layouts import export, recognise
+from ._layouts import check_options, export, recognise
 from ._network import Network
 from ._pretrained import Weights, get_weight
 from ._registry import create_model, family_of, list_models
@@ -36,9 +36,13 @@ def export_weights(model: Network, layout: str) -> dict[str, Tensor]:
         model: built by `create_model` or a builder of this package.
         layout: "torchvision", "timm", "transformers", or for ConvNeXt "original".
 
+    Raises:
+        ValueError: there is no such layout, or that library cannot build the network.
+
     >>> list(export_weights(create_model("resnet18"), "transformers"))[0]
     'resnet.embedder.embedder.convolution.weight'
     """
+    check_options(model.config, model.family, layout)
     return export(model.state_dict(), model.family, layout)
 
 

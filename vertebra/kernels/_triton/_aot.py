@@ -16,7 +16,6 @@ import copyreg
 import hashlib
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -31,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ._launch import Launch
+from ._launch import Launch, limits
 
 VERSION = triton.__version__
 
@@ -80,10 +79,11 @@ copyreg.pickle(JITFunction, lambda kernel: kernel.__qualname__)
 def specialise(launch: Launch, target: Target) -> tuple[ASTSource, Any]:
     """Return the source and the options that Triton's JIT would compile for `launch`."""
     kernel, backend = launch.kernel, make_backend(target.gpu)
+    arguments = launch.arguments | limits(kernel, target.gpu.backend)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialisation, _ = bind(**launch.arguments)
+    bound, specialisation, _ = bind(**arguments)
     options, signature, constexprs, attrs = kernel._pack_args(
-        backend, launch.arguments, bound, specialisation, None
+        backend, arguments, bound, specialisation, None
     )
     return ASTSource(kernel, signature, constexprs, attrs), options
 
@@ -98,12 +98,6 @@ def identity(launch: Launch, target: Target) -> str:
 @cache
 def _own_text() -> str:
     return Path(__file__).read_text()
-
-
-def register_budget(launch: Launch) -> int | None:
-    """Return the registers that `REGISTERS` in the kernel's module grants it, if it is there."""
-    budget = getattr(sys.modules[launch.kernel.__module__], "REGISTERS", {})
-    return budget.get(launch.kernel.__name__)
 
 
 def leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ would get: that is what the ahead-of-time gate compiles.
 from.
 """
 
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -66,6 +67,22 @@ def recorded(*, runs: bool = True) -> Generator[list[tuple[Launch, Any]]]:
         _record.launches, _record.runs = outer
 
 
+def registers(kernel: Any) -> int | None:
+    """Return how many registers a thread may have: what `REGISTERS` in the kernel's module says."""
+    return getattr(sys.modules[kernel.__module__], "REGISTERS", {}).get(kernel.__name__)
+
+
+def limits(kernel: Any, backend: str) -> dict[str, int]:
+    """Return the compile options that hold `kernel` to its registers.
+
+    The programs that are to run at once are counted from them. Left to itself, ptxas aims at an
+    occupancy of its own: it may take a few more, or spill 8 bytes at 68. Triton has no such option
+    for AMD.
+    """
+    most = registers(kernel) if backend == "cuda" else None
+    return {} if most is None else {"maxnreg": most}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
     """Run `kernel` on `device`, which need not be the current one."""
     if _capture is not None:
@@ -73,8 +90,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
         return
     binary = None
     if _record.runs:
+        backend = "cuda" if device.type == "cuda" and torch.version.hip is None else device.type
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
-            binary = kernel[grid](**arguments)
+            binary = kernel[grid](**arguments, **limits(kernel, backend))
     if _record.launches is not None:
         _record.launches.append((Launch(kernel, grid, arguments), binary))

@@ -57,14 +57,13 @@ def pick(view: Geometry, itemsize: int, backward: bool, sms: int) -> Config:
     """Choose a tile that a lane can hold its share of, and that leaves every SM some work.
 
     A lane's share is 64 bytes of each map, or 32 where it keeps as much again: sums in a walk, two
-    maps in a backward pass. An access takes an address, so a share shrinks with its width. With 32
-    bytes of fp32, ptxas spilled 8 bytes on sm_100 in a backward pass without sums: 16 there.
+    maps in a backward pass. An access takes an address, so a share shrinks with its width.
     """
     M, C = view.sizes[:2]
     all_c = triton.next_power_of_2(C)
     # where pixels are contiguous a row of the tile is two sectors, but for a map of few pixels
     row, least = (1, 1) if view.channels_last else (64 // itemsize, 16 // itemsize)
-    share = (16 if itemsize == 4 else 32) if backward else 64
+    share = 32 if backward else 64
     lane = share // itemsize // max(1, min(4, 16 // (view.unit * itemsize)))
     lane = max(1, lane)
     whole = all_c <= 4096 if view.channels_last else all_c * row <= lane * 32 * 8
