@@ -20,7 +20,7 @@ MAY = {
     "interop": {"interop", "models", "nn", "kernels"},
     "testing": {"testing", "kernels"},
     "bench": {"bench", "testing", "models", "nn", "kernels", "interop", "_explain"},
-    "_explain": {"_explain", "kernels"},
+    "_explain": {"_explain", "interop", "kernels"},
 }
 
 

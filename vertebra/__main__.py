@@ -103,6 +103,22 @@ def parity(
     raise typer.Exit(int(not run(pattern, of, pixels, console, json)))
 
 
+@app.command()
+def drop_in(
+    versions: Annotated[
+        Path, typer.Option(help="What vertebra.interop.readings found, as JSON.")
+    ] = Path("docs/drop-in.json"),
+    page: Annotated[Path | None, typer.Option(help="Put the table into this page.")] = None,
+) -> None:
+    """Show every class that `accelerate` knows: the ops it runs, the versions it was read in."""
+    from .bench.drop_in import show
+
+    try:
+        show(Console(width=None if sys.stdout.isatty() else 140), versions, page)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @app.command("list")
 def list_models(pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*") -> None:
     """List the models by name."""

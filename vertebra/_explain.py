@@ -1,8 +1,9 @@
-"""`explain`: what each fused site of a model does, why, and what it costs at best."""
+"""`explain`: what each fused site of a model does, why, what it costs at best, and what is none."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from . import interop
 from .kernels._op import Call, observe
 
 
@@ -30,27 +32,68 @@ class Site(NamedTuple):
 
 
 class Explanation(list[Site]):
-    """The sites of one forward pass, in order; prints as a table."""
+    """The sites of one forward pass, in order; prints as a table, with rich as rich's.
 
-    def __str__(self) -> str:
-        """Return an aligned table, one line per site, and a summary."""
-        rows = [("module", "op", "path", "MB", "floor us", "reason")]
-        rows += [
+    Attributes:
+        left: the modules that an op could serve and that ran without one, each with the reason.
+    """
+
+    left: list[interop.Site]
+
+    def summary(self) -> list[str]:
+        """Return how many sites took which path, the floor of all, and what was left and why."""
+        on_triton = sum(site.path == "triton" for site in self)
+        total = sum(site.floor_us for site in self)
+        lines = [f"{on_triton} of {len(self)} sites on Triton; floor {total:.1f} us in all"]
+        reasons: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+        for site in self.left:
+            reasons[site.cls.rpartition(".")[2], site.reason].append(site.name or "the model")
+        for (cls, reason), names in reasons.items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"left alone: {cls} ({names[0]}{others}): {reason}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return {
+            "sites": [site._asdict() for site in self],
+            "left": [site._asdict() for site in self.left],
+        }
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
             (s.module, s.op, s.path, f"{s.bytes / 1e6:.2f}", f"{s.floor_us:.1f}", s.reason or "")
             for s in self
         ]
-        widths = [max(len(r[i]) for r in rows) for i in range(6)]
+
+    def __str__(self) -> str:
+        """Return an aligned table, one line per site, and the summary."""
+        rows = [_HEADINGS, *self._rows()]
+        widths = [max(len(r[i]) for r in rows) for i in range(len(_HEADINGS))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
         ]
-        on_triton = sum(s.path == "triton" for s in self)
-        total = sum(s.floor_us for s in self)
-        lines.append(f"{on_triton} of {len(self)} sites on Triton; floor {total:.1f} us in all")
-        return "\n".join(lines)
+        return "\n".join(lines + self.summary())
+
+    def __rich__(self) -> Any:
+        """Return the same as a table of rich, which is who asks for it."""
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(*_HEADINGS)
+        for row in self._rows():
+            table.add_row(*row)
+        return Group(table, *self.summary())
+
+
+_HEADINGS = ("module", "op", "path", "MB", "floor us", "reason")
+
+# norms that an op computes, where they stand in a module that knows it
+_NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 
 
 def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> Explanation:
-    """Run `model(x)` once and report every fused site in it.
+    """Run `model(x)` once and report every fused site in it, and what was left alone.
 
     The floor is the time the site's forward traffic takes at `bandwidth` bytes per second, by
     default that of a large copy measured here and now. Buffers and random state are as before
@@ -67,6 +110,7 @@ def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> E
     bandwidth = copy_bandwidth(x.device) if bandwidth is None else bandwidth
     sites = Explanation()
     path: list[str] = []
+    alone: list[nn.Module] = []
 
     def record(call: Call) -> None:
         moved = call.op.traffic(*call.args).forward
@@ -81,26 +125,40 @@ def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> E
             )
         )
 
-    with _undone(model), _named_calls(model, path), observe(record), torch.no_grad():
+    with _undone(model), _named_calls(model, path, sites, alone), observe(record), torch.no_grad():
         model(x)
+    names = {module: name for name, module in model.named_modules()}
+    sites.left = [site for site in interop.report(model) if site.reason is not None]
+    known = {site.name for site in sites.left}
+    for module in dict.fromkeys(alone):
+        if names[module] not in known:
+            cls = f"{type(module).__module__}.{type(module).__qualname__}"
+            sites.left.append(interop.Site(names[module], cls, "no block here fuses it"))
     return sites
 
 
 @contextmanager
-def _named_calls(model: nn.Module, path: list[str]) -> Generator[None]:
+def _named_calls(
+    model: nn.Module, path: list[str], sites: list[Site], alone: list[nn.Module]
+) -> Generator[None]:
     """Keep the qualified name of the running module on top of `path`.
 
-    By hooks that are no module's own: one that has its own is not fused.
+    Norms that have run without an op are added to `alone`. By hooks that are no module's own: one
+    that has its own is not fused.
     """
     names = {module: name for name, module in model.named_modules()}
+    before: list[int] = []  # how many sites there were when each running module was entered
 
     def enter(module: nn.Module, _: Any) -> None:
         if module in names:
             path.append(names[module])
+            before.append(len(sites))
 
     def leave(module: nn.Module, *_: Any) -> None:
         if module in names:
             path.pop()
+            if before.pop() == len(sites) and isinstance(module, _NORMS):
+                alone.append(module)
 
     hooks = [
         register_module_forward_pre_hook(enter),

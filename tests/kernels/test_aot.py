@@ -128,10 +128,10 @@ def test_resources_past_their_limit_are_refused() -> None:
 
 
 @compiling
-def test_compilers_are_told_how_many_registers_there_are() -> None:
+def test_ptxas_is_told_of_a_limit() -> None:
     y, x = maps(2, 1, 1, 64, 64)
     launch = Launch(_copy, (1,), {"y_ptr": y, "x_ptr": x, "n": 4096, "BLOCK": 2048})
-    with patch.object(sys.modules[_copy.__module__], "REGISTERS", {"_copy": 24}, create=True):
+    with patch.object(sys.modules[_copy.__module__], "MAXNREG", {"_copy": 24}, create=True):
         assert _aot.specialise(launch, _aot.TARGETS["sm_90"])[1].maxnreg == 24
         assert "maxnreg" not in vars(_aot.specialise(launch, _aot.TARGETS["gfx942"])[1])
         assert limits(_copy, "cuda") == {"maxnreg": 24}  # what a launch adds on a GPU

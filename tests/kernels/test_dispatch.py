@@ -1,5 +1,7 @@
 """Which path an op takes, and what it says about it."""
 
+import io
+import json
 import subprocess
 import sys
 
@@ -211,3 +213,27 @@ def test_explain_changes_nothing(device: torch.device) -> None:
         assert torch.equal(value, before[name]), name
     with backend("eager"):
         assert {s.reason for s in vertebra.explain(model.eval(), x)} == {"backend is set to eager"}
+
+
+def test_explain_says_what_is_left_alone(device: torch.device) -> None:
+    model = torch.nn.Sequential(
+        vertebra.nn.ConvNormAct(3, 8, 3), torch.nn.Conv2d(8, 8, 1), torch.nn.BatchNorm2d(8)
+    ).to(device)
+    found = vertebra.explain(model, torch.randn(2, 3, 6, 6, device=device), bandwidth=1e9)
+    assert [(site.name, site.cls) for site in found.left] == [
+        ("2", "torch.nn.modules.batchnorm.BatchNorm2d")
+    ]
+    assert "left alone: BatchNorm2d (2): no block here fuses it" in str(found)
+    data = found.to_dict()
+    assert [site["module"] for site in data["sites"]] == ["0.bn"]
+    assert json.loads(json.dumps(data)) == data
+
+
+def test_explain_prints_with_rich(device: torch.device) -> None:
+    rich = pytest.importorskip("rich.console")
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), vertebra.nn.BatchNormAct2d(3)).to(device)
+    out = io.StringIO()
+    x = torch.randn(2, 3, 6, 6, device=device)
+    rich.Console(width=120, file=out).print(vertebra.explain(model, x, bandwidth=1e9))
+    assert "batch_norm_act" in out.getvalue()
+    assert "left alone: BatchNorm2d (0): no block here fuses it" in out.getvalue()

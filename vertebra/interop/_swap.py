@@ -8,15 +8,15 @@ from: a subclass, and a library that has changed, keep what they have.
 
 from __future__ import annotations
 
+import ast
 import copy
 import hashlib
 import inspect
-import io
-import tokenize
+import textwrap
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from torch import nn
 
@@ -56,16 +56,34 @@ def accelerates(
 
 
 def reading(function: Any) -> str:
-    """Return what tells the source of a function from others, whatever its comments and layout."""
-    source = inspect.cleandoc(inspect.getsource(function))
-    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    tokens = [
-        token.string
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type not in skipped and not token.string.startswith(('"""', 'r"""'))
-    ]
-    body = tokens[tokens.index("def") :]
-    return hashlib.sha256(" ".join(body).encode()).hexdigest()[:12]
+    """Return what tells what a function does from what others do: a digest of its syntax."""
+    return reading_of(inspect.getsource(function))
+
+
+def reading_of(source: str) -> str:
+    """Return the digest of a function's source: no comments, docstring, annotations, decorators.
+
+    The same under every version of Python, which the tokens of a source are not.
+    """
+    (function,) = ast.parse(textwrap.dedent(source)).body
+    assert isinstance(function, ast.FunctionDef)
+    has_docstring = ast.get_docstring(function) is not None
+    body = function.body[1:] if has_docstring else function.body
+    text = _written([function.name, function.args, body])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_SAYS_NOTHING = frozenset({"annotation", "type_comment", "kind", "ctx", "simple", "type_params"})
+
+
+def _written(node: Any) -> str:
+    """Return a syntax tree as text."""
+    if isinstance(node, list):
+        return f"[{' '.join(map(_written, cast('list[Any]', node)))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = (_written(v) for k, v in ast.iter_fields(node) if k not in _SAYS_NOTHING)
+    return f"({type(node).__name__} {' '.join(fields)})"
 
 
 class Swapped(nn.Module):
@@ -115,6 +133,11 @@ def _swapped(own: type[nn.Module]) -> type[nn.Module] | str:
 def has_recipe(cls: type) -> bool:
     """Return whether there is a recipe for modules of this class."""
     return path_of(cls) in _recipes
+
+
+def recipes(library: str) -> dict[str, Recipe]:
+    """Return the recipes for the classes of a library, by path; its recipes must be loaded."""
+    return {path: r for path, r in _recipes.items() if path.startswith(f"{library}.")}
 
 
 def target(module: nn.Module) -> type[nn.Module] | str:

@@ -28,19 +28,19 @@ from ._swap import accelerates
 # layers: those that are ours under another name take our forward, by which our blocks know them
 
 
-@accelerates("timm.layers.activations.Sigmoid", forward="ab925d03026f")
+@accelerates("timm.layers.activations.Sigmoid", forward="1a4dacdf4d73")
 class _Sigmoid:
     forward = nn.Sigmoid.forward
 
 
-@accelerates("timm.layers.activations.GELU", forward="8905d5ca300f")
+@accelerates("timm.layers.activations.GELU", forward="307d1e2db5a5")
 class _GELU:
     approximate = "none"
     forward = nn.GELU.forward
 
 
-@accelerates("timm.layers.norm_act.BatchNormAct2d", forward="4331d4c22db2")
-@accelerates("timm.layers.norm_act.FrozenBatchNormAct2d", forward="2f5ef055d5fd")
+@accelerates("timm.layers.norm_act.BatchNormAct2d", forward="e5416605abb8")
+@accelerates("timm.layers.norm_act.FrozenBatchNormAct2d", forward="81d075486315")
 class _NormAct:
     drop: nn.Module
     act: nn.Module
@@ -49,22 +49,22 @@ class _NormAct:
         return normalise(self, x, self.act, drop=self.drop)
 
 
-@accelerates("timm.layers.drop.DropPath", forward="44d8d1b7489c")
+@accelerates("timm.layers.drop.DropPath", forward="64def6f7ab6a")
 class _DropPath:
     forward = DropPath.forward
 
 
-@accelerates("timm.layers.drop.DropBlock2d", forward="b45748921bc2")
+@accelerates("timm.layers.drop.DropBlock2d", forward="77c4a67bbcc0")
 class _DropBlock2d:
     forward = DropBlock2d.forward
 
 
-@accelerates("timm.layers.layer_scale.LayerScale2d", forward="7c0b8ff26231")
+@accelerates("timm.layers.layer_scale.LayerScale2d", forward="9db5098283c0")
 class _LayerScale2d:
     forward = LayerScale2d.forward
 
 
-@accelerates("timm.layers.squeeze_excite.SEModule", forward="461e8983476d")
+@accelerates("timm.layers.squeeze_excite.SEModule", forward="3ecee0e9535d")
 class _SEModule:
     forward = SqueezeExcite.forward
 
@@ -75,14 +75,14 @@ def _is_fast(module: Any) -> str | None:
     return None
 
 
-@accelerates("timm.layers.norm.LayerNorm2d", _is_fast, forward="86032d8da7ad")
-@accelerates("timm.layers.norm.LayerNorm2dFp32", forward="f40619021d6f")
+@accelerates("timm.layers.norm.LayerNorm2d", _is_fast, forward="39645cb64dce")
+@accelerates("timm.layers.norm.LayerNorm2dFp32", forward="a4698192d5d7")
 class _LayerNorm2d:
     data_format = "channels_first"
     forward = LayerNorm2d.forward
 
 
-@accelerates("timm.layers.grn.GlobalResponseNorm", forward="a553a12f4be5")
+@accelerates("timm.layers.grn.GlobalResponseNorm", forward="288156d71701")
 class _GlobalResponseNorm:
     channel_dim: int
     forward = GlobalResponseNorm.forward
@@ -102,7 +102,7 @@ def _is_bare(norm: Any) -> bool:
     )
 
 
-@accelerates("timm.layers.conv_bn_act.ConvNormAct", forward="f7d5c572bba0")
+@accelerates("timm.layers.conv_bn_act.ConvNormAct", forward="73d74540bb1c")
 class _ConvNormAct:
     """Also takes what a block ends in: `act(drop(conv_norm(x)) + residual)`."""
 
@@ -144,7 +144,7 @@ def _end(norm: nn.Module, x: Tensor, act: nn.Module, shortcut: Tensor, block: An
     return attn_act(block.se, x, act, shortcut, block.drop_path)
 
 
-@accelerates("timm.models.resnet.BasicBlock", _has_other_norms, forward="e4686da2afbb")
+@accelerates("timm.models.resnet.BasicBlock", _has_other_norms, forward="4651704b6f10")
 class _BasicBlock:
     conv1: nn.Module
     bn1: nn.Module
@@ -163,7 +163,7 @@ class _BasicBlock:
         return _end(self.bn2, y, self.act2, shortcut, self)
 
 
-@accelerates("timm.models.resnet.Bottleneck", _has_other_norms, forward="5d90a8332551")
+@accelerates("timm.models.resnet.Bottleneck", _has_other_norms, forward="e8955400bbd3")
 class _Bottleneck:
     conv1: nn.Module
     bn1: nn.Module
@@ -199,7 +199,7 @@ def _in_pairs(modules: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-@accelerates("timm.models.resnet.ResNet", _has_other_norms, forward_features="2be3b0b2e653")
+@accelerates("timm.models.resnet.ResNet", _has_other_norms, forward_features="fc18b940d027")
 class _ResNet:
     conv1: nn.Module
     bn1: nn.Module
@@ -227,7 +227,7 @@ class _ResNet:
         return x
 
 
-@accelerates("timm.models.regnet.Bottleneck", forward="f90a5d3f27f2")
+@accelerates("timm.models.regnet.Bottleneck", forward="3f0bd82ca388")
 class _RegNetBottleneck:
     conv1: nn.Module
     conv2: nn.Module
@@ -247,7 +247,7 @@ class _RegNetBottleneck:
         return self.act3(drop_add(self.drop_path, self.conv3(y), shortcut))
 
 
-@accelerates("timm.models.convnext.ConvNeXtBlock", forward="0f64aa9d33cd")
+@accelerates("timm.models.convnext.ConvNeXtBlock", forward="9054df84e1b4")
 class _ConvNeXtBlock:
     conv_dw: nn.Module
     norm: nn.Module

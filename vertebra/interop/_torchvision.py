@@ -18,7 +18,7 @@ from ._swap import accelerates
 torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
 
 
-@accelerates("torchvision.models.resnet.BasicBlock", forward="9bd14d665e00")
+@accelerates("torchvision.models.resnet.BasicBlock", forward="35a42b79c8d5")
 class _BasicBlock:
     conv1: nn.Module
     bn1: nn.Module
@@ -34,7 +34,7 @@ class _BasicBlock:
         return norm_act(self.bn2, y, self.relu, shortcut)
 
 
-@accelerates("torchvision.models.resnet.Bottleneck", forward="8c685421cec1")
+@accelerates("torchvision.models.resnet.Bottleneck", forward="64f3768ca1e8")
 class _Bottleneck:
     conv1: nn.Module
     bn1: nn.Module
@@ -54,7 +54,7 @@ class _Bottleneck:
 
 
 @accelerates(
-    "torchvision.models.resnet.ResNet", _forward_impl="d7c0b1a1ca77", forward="42edafbd0bc6"
+    "torchvision.models.resnet.ResNet", _forward_impl="c9c75ff63451", forward="73d007729d3c"
 )
 class _ResNet:
     conv1: nn.Module
@@ -80,15 +80,15 @@ def _is_conv_norm_act(module: Any) -> str | None:
     return "it is not a convolution, a norm and perhaps an activation"
 
 
-@accelerates("torchvision.models.regnet.SimpleStemIN", _is_conv_norm_act, forward="cdc9775476c0")
-@accelerates("torchvision.ops.misc.Conv2dNormActivation", _is_conv_norm_act, forward="cdc9775476c0")
+@accelerates("torchvision.models.regnet.SimpleStemIN", _is_conv_norm_act, forward="ba082ab0b258")
+@accelerates("torchvision.ops.misc.Conv2dNormActivation", _is_conv_norm_act, forward="ba082ab0b258")
 class _Conv2dNormActivation(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         conv, norm, *act = self
         return norm_act(norm, conv(input), act[0] if act else None)
 
 
-@accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="733f86e14d79")
+@accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="1f053948ac54")
 class _ResBottleneckBlock:
     proj: nn.Module | None
     f: nn.Sequential
@@ -106,7 +106,7 @@ class _ResBottleneckBlock:
 
 
 @accelerates(
-    "torchvision.ops.misc.SqueezeExcitation", forward="31da9c8f5cb6", _scale="d957ab85b8fc"
+    "torchvision.ops.misc.SqueezeExcitation", forward="989036e31adb", _scale="e7e5839d2f2c"
 )
 class _SqueezeExcitation:
     avgpool: nn.Module
@@ -119,12 +119,12 @@ class _SqueezeExcitation:
         return excite(input, self.fc1, self.activation, self.fc2, self.scale_activation)
 
 
-@accelerates("torchvision.ops.misc.FrozenBatchNorm2d", forward="1029191d8f76")
+@accelerates("torchvision.ops.misc.FrozenBatchNorm2d", forward="8ccaf36f3872")
 class _FrozenBatchNorm2d:
     forward = FrozenBatchNorm2d.forward
 
 
-@accelerates("torchvision.models.convnext.LayerNorm2d", forward="573c0b10b38b")
+@accelerates("torchvision.models.convnext.LayerNorm2d", forward="4b83c3a9c0e0")
 class _LayerNorm2d:
     data_format = "channels_first"
     forward = LayerNorm2d.forward
@@ -135,7 +135,7 @@ def _is_of_rows(module: Any) -> str | None:
 
 
 @accelerates(
-    "torchvision.ops.stochastic_depth.StochasticDepth", _is_of_rows, forward="1c7ec68536be"
+    "torchvision.ops.stochastic_depth.StochasticDepth", _is_of_rows, forward="a1bbda5b1d67"
 )
 class _StochasticDepth:
     p: float
@@ -149,7 +149,7 @@ def _ends_in_rows(module: Any) -> str | None:
     return _is_of_rows(module.stochastic_depth)
 
 
-@accelerates("torchvision.models.convnext.CNBlock", _ends_in_rows, forward="abc1dceb373a")
+@accelerates("torchvision.models.convnext.CNBlock", _ends_in_rows, forward="db7f6ca5fe75")
 class _CNBlock:
     block: nn.Module
     layer_scale: Tensor

@@ -46,7 +46,7 @@ class _ConvNormAct(nn.Module):
 
 
 @_accelerates(
-    "581942481cee",
+    "53a99e305dfb 918652d84890",  # the argument is called input before 5.9
     "resnet.modeling_resnet.ResNetConvLayer",
     "rt_detr.modeling_rt_detr_resnet.RTDetrResNetConvLayer",
 )
@@ -55,14 +55,14 @@ class _ResNetConvLayer(_ConvNormAct):
         return norm_act(self.normalization, self.convolution(hidden_states), self.activation)
 
 
-@_accelerates("64f0ce86970f", "regnet.modeling_regnet.RegNetConvLayer")
+@_accelerates("4014b6c0d9ea", "regnet.modeling_regnet.RegNetConvLayer")
 class _RegNetConvLayer(_ConvNormAct):
     def forward(self, hidden_state: Tensor) -> Tensor:
         return norm_act(self.normalization, self.convolution(hidden_state), self.activation)
 
 
 @_accelerates(
-    "9c59e6fcbd5e",
+    "f7d896189d89",
     "resnet.modeling_resnet.ResNetShortCut",
     "rt_detr.modeling_rt_detr_resnet.RTDetrResNetShortCut",
     "regnet.modeling_regnet.RegNetShortCut",
@@ -88,7 +88,7 @@ def _split(layers: nn.Module) -> tuple[list[nn.Module], _ConvNormAct] | None:
 
 
 @_accelerates(
-    "dd63156025a7",
+    "70e202b1b682",
     "resnet.modeling_resnet.ResNetEmbeddings",
     "rt_detr.modeling_rt_detr_resnet.RTDetrResNetEmbeddings",
 )
@@ -110,7 +110,7 @@ class _Stem(nn.Module):
 
 
 @_accelerates(
-    "4339920af913",
+    "beb269e3f7a1",
     "resnet.modeling_resnet.ResNetBasicLayer",
     "resnet.modeling_resnet.ResNetBottleNeckLayer",
     "rt_detr.modeling_rt_detr_resnet.RTDetrResNetBasicLayer",
@@ -139,7 +139,7 @@ def _is_excitation(module: Any) -> str | None:
     return None if len(module.attention) == 4 else "its attention is not of four modules"
 
 
-@_accelerates("560e4095573e", "regnet.modeling_regnet.RegNetSELayer", refuses=_is_excitation)
+@_accelerates("7b2f174673ae", "regnet.modeling_regnet.RegNetSELayer", refuses=_is_excitation)
 class _RegNetSELayer(nn.Module):
     pooler: nn.Module
     attention: nn.Sequential
@@ -152,7 +152,7 @@ class _RegNetSELayer(nn.Module):
 
 
 @_accelerates(
-    "5dd8fd458d31",
+    "359def3efc50",
     "conditional_detr.modeling_conditional_detr.ConditionalDetrFrozenBatchNorm2d",
     "d_fine.modeling_d_fine.DFineFrozenBatchNorm2d",
     "dab_detr.modeling_dab_detr.DabDetrFrozenBatchNorm2d",
@@ -183,7 +183,7 @@ def _is_over_channels(module: Any) -> str | None:
 
 
 @_accelerates(
-    "52dce046f32b",
+    "29d98ecac364",
     "convnext.modeling_convnext.ConvNextLayerNorm",
     "convnextv2.modeling_convnextv2.ConvNextV2LayerNorm",
     "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayerNorm",
@@ -198,7 +198,7 @@ class _LayerNorm(nn.Module):
 
 
 @_accelerates(
-    "628eee45d310",
+    "b14c4ab7792c ed04dccf81b4",  # a function does it before 5.9
     "convnext.modeling_convnext.ConvNextDropPath",
     "convnextv2.modeling_convnextv2.ConvNextV2DropPath",
     "dinov3_convnext.modeling_dinov3_convnext.Dinov3ConvnextDropPath",
@@ -222,7 +222,7 @@ def _end(drop: nn.Module, x: Tensor, residual: Tensor, gamma: Tensor | None = No
     return residual + drop(x if gamma is None else drop_path_add(x, gamma=gamma))
 
 
-@_accelerates("479cffe42081", "convnext.modeling_convnext.ConvNextLayer")
+@_accelerates("8832212f4b03", "convnext.modeling_convnext.ConvNextLayer")
 class _ConvNextLayer:
     dwconv: nn.Module
     layernorm: nn.Module
@@ -238,7 +238,7 @@ class _ConvNextLayer:
         return _end(self.drop_path, y, features, self.layer_scale_parameter)
 
 
-@_accelerates("5c2ba315163a", "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayer")
+@_accelerates("85f4d7d3b45e", "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayer")
 class _DINOv3ConvNextLayer:
     depthwise_conv: nn.Module
     layer_norm: nn.Module
@@ -254,7 +254,7 @@ class _DINOv3ConvNextLayer:
         return _end(self.drop_path, y, features, self.gamma)
 
 
-@_accelerates("d7d58f16af14", "convnextv2.modeling_convnextv2.ConvNextV2Layer")
+@_accelerates("7a165115968a", "convnextv2.modeling_convnextv2.ConvNextV2Layer")
 class _ConvNextV2Layer:
     dwconv: nn.Module
     layernorm: nn.Module
@@ -270,7 +270,7 @@ class _ConvNextV2Layer:
         return _end(self.drop_path, y, features)
 
 
-@_accelerates("05bf2a87fa52", "convnextv2.modeling_convnextv2.ConvNextV2GRN")
+@_accelerates("3f41201c492d", "convnextv2.modeling_convnextv2.ConvNextV2GRN")
 class _GRN:
     eps, channels_last = 1e-6, True
 

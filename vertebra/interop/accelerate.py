@@ -12,7 +12,7 @@ from ._swap import Swapped, has_recipe, swap, target, unswap
 
 M = TypeVar("M", bound=nn.Module)
 
-_LIBRARIES = ("timm", "torchvision", "transformers")
+LIBRARIES = ("timm", "torchvision", "transformers")
 
 
 @cache
@@ -72,7 +72,7 @@ def _known(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for module in model.modules():
         library = type(module).__module__.partition(".")[0]
-        if library in _LIBRARIES:
+        if library in LIBRARIES:
             _load(library)
             found.append(module)
     return found

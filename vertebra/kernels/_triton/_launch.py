@@ -67,20 +67,15 @@ def recorded(*, runs: bool = True) -> Generator[list[tuple[Launch, Any]]]:
         _record.launches, _record.runs = outer
 
 
-def registers(kernel: Any) -> int | None:
-    """Return how many registers a thread may have: what `REGISTERS` in the kernel's module says."""
-    return getattr(sys.modules[kernel.__module__], "REGISTERS", {}).get(kernel.__name__)
-
-
 def limits(kernel: Any, backend: str) -> dict[str, int]:
-    """Return the compile options that hold `kernel` to its registers.
+    """Return the option that keeps `kernel` to the registers in `MAXNREG` of its module, if any.
 
-    The programs that are to run at once are counted from them. Left to itself, ptxas aims at an
-    occupancy of its own: it may take a few more, or spill 8 bytes at 68. Triton has no such option
-    for AMD.
+    Left to itself, ptxas aims at an occupancy of its own: a kernel that needs nearly what its
+    programs were counted from may get more, or spill. Told, it schedules for all that it may have,
+    which for other kernels is what makes it spill. Triton has no such option for AMD.
     """
-    most = registers(kernel) if backend == "cuda" else None
-    return {} if most is None else {"maxnreg": most}
+    most = getattr(sys.modules[kernel.__module__], "MAXNREG", {}).get(kernel.__name__)
+    return {} if most is None or backend != "cuda" else {"maxnreg": most}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:

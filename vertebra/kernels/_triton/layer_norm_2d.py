@@ -40,6 +40,7 @@ from ._tile import (
 
 # 16 warps fit on a multiprocessor at 128 registers: what a backward pass fills it with
 REGISTERS = {"_whole_backward_kernel": 128, "_walk_backward_kernel": 128}
+MAXNREG = REGISTERS  # a walk spilled 16 bytes under one triton, and took 144 under another
 WARPS = 16
 
 
