@@ -1,14 +1,15 @@
 """Train on scikit-learn's handwritten digits with the Trainer of transformers.
 
     python examples/trainer_digits.py
-    python examples/trainer_digits.py --model convnext_atto --output runs/atto
+    python examples/trainer_digits.py --model resnet18 --output runs/resnet18
     python examples/trainer_digits.py --model transformers/convnext
-    python examples/trainer_digits.py --model transformers/convnext --epochs 6 --resume
+    python examples/trainer_digits.py --model transformers/convnext --resume
 
 The model is one of ours, by its name in `vertebra.list_models()`, as a model of transformers; or a
 ResNet or a ConvNeXt of transformers itself, put on our ops by `vertebra.accelerate`. Trainer
-evaluates and writes a checkpoint after every epoch, and `--resume` goes on from the last one. The
-trained model is saved, loaded again by transformers, and must classify as it did before.
+evaluates and writes a checkpoint after every epoch, and `--resume` goes on from the last one, where
+a run was cut short. The trained model is saved, loaded again by transformers, and should classify
+as it did before: the table has the number of digits it sees differently.
 
 Needs scikit-learn, and transformers with what its Trainer asks for: pip install accelerate.
 """
@@ -109,7 +110,8 @@ def make_trainer(
         per_device_eval_batch_size=batch_size,
         dataloader_pin_memory=torch.cuda.is_available(),
         learning_rate=lr,
-        lr_scheduler_type="constant",  # so that a resumed run may be longer than the first
+        lr_scheduler_type="cosine",
+        warmup_steps=0.3,  # of all steps
         weight_decay=0.02,
         eval_strategy="epoch",
         save_strategy="epoch",
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate, save, load, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
-        "--model", default="regnety_002", help=f"a name of ours, or {', '.join(THEIRS)}"
+        "--model", default="convnext_atto", help=f"a name of ours, or {', '.join(THEIRS)}"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/trainer_digits"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
