@@ -88,6 +88,9 @@ def train(
             optimizer.step()
             schedule.step()
             step(loss.item())
+    # so few steps leave the running statistics of batch norms far behind the weights
+    batches_seen = (resize(x, size) for x in digits.x.split(batch_size))
+    torch.optim.swa_utils.update_bn(batches_seen, model)
     return accuracy(model, digits, size)
 
 

@@ -1,6 +1,17 @@
 """Adapters to other libraries of models, each of which is imported when it is needed."""
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
 from .accelerate import Site, accelerate, report, restore
 from .timm_backbone import TimmBackbone
 
 __all__ = ["Site", "TimmBackbone", "accelerate", "report", "restore"]
+
+
+def __getattr__(name: str) -> ModuleType:  # what derives from a library's classes imports it
+    if name == "transformers":
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

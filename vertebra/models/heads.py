@@ -75,12 +75,13 @@ class ForImageClassification(nn.Module):
     ) -> ClassifierOutput | tuple[object, ...]:
         states = self.network.forward_states(pixel_values)
         logits = self.network.forward_head(self.network.forward_neck(states[-1]))
-        loss = None if labels is None else self._loss(logits, labels)
+        loss = None if labels is None else self.compute_loss(logits, labels)
         hidden_states = tuple(states) if output_hidden_states else None
         output = ClassifierOutput(loss, logits, hidden_states)
         return output if return_dict else output.to_tuple()
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss that belongs to `problem_type`, which the first labels may decide."""
         classes = self.network.num_classes
         if classes == 0:
             raise ValueError("a loss needs a classifier; build the network with num_classes > 0")
