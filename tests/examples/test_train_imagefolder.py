@@ -329,6 +329,14 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert bool(found["model_ema"]) == (run == "everything")
 
 
+def test_a_second_signal_does_what_it_always_does(example: Any) -> None:
+    with example.stopping_on_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_nothing_is_left_to_do(example: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
     argv = [str(data), *SHORT, *CONVNEXT, f"--output={tmp_path}"]
     example.main(argv)
