@@ -17,15 +17,35 @@ from .layer_norm import LayerNorm2d
 
 NormLayer = Callable[..., nn.Module]
 
-# for torch.fx these are leaves: they look at shapes, which a proxy does not have
-torch.fx.wrap("batch_norm_act")
-torch.fx.wrap("scale_bias_act")
-torch.fx.wrap("_counted")
+# A leaf for torch.fx: it looks at shapes, which a proxy does not have, and counts batches. One for
+# both modes: feature extractors trace in both and expect the same nodes.
+torch.fx.wrap("_normalised")
 
 
-def _counted(y: Tensor, counter: Tensor) -> Tensor:
-    """Count a batch, when `y` is computed and not when it is traced."""
-    counter.add_(1)
+def _normalised(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    *,
+    training: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float = 0.0,
+    eps: float,
+    counter: Tensor | None,
+) -> Tensor:
+    """Run the op for the mode, and count the batch."""
+    stored: dict[str, Any] = {"eps": eps}
+    if training:
+        stored |= {"running_mean": running_mean, "running_var": running_var, "momentum": momentum}
+        y = batch_norm_act(x, weight, bias, residual, act, **stored)
+    else:
+        stored |= {"mean": running_mean, "var": running_var}
+        y = scale_bias_act(x, weight, bias, residual, act, **stored)
+    if counter is not None:
+        counter.add_(1)
     return y
 
 
@@ -80,22 +100,16 @@ def normalise(
     kwargs, counter = _statistics(norm)
     if pool is not None and residual is None and fused is not None and _fuses_pool(pool, x):
         y = batch_norm_act_pool(x, norm.weight, norm.bias, fused, **kwargs)
-        return y if counter is None else _counted(y, counter)
-    if kwargs.pop("training"):
-        op = batch_norm_act
-    else:
-        op = scale_bias_act
-        kwargs = {
-            "mean": kwargs["running_mean"],
-            "var": kwargs["running_var"],
-            "eps": kwargs["eps"],
-        }
+        if counter is not None:
+            counter.add_(1)
+        return y
+    kwargs["counter"] = counter
     if fused is not None:
-        y = op(x, norm.weight, norm.bias, residual, fused, **kwargs)
+        y = _normalised(x, norm.weight, norm.bias, residual, fused, **kwargs)
     else:
-        y = drop_add(drop, op(x, norm.weight, norm.bias, **kwargs), residual)
+        y = _normalised(x, norm.weight, norm.bias, None, "none", **kwargs)
+        y = drop_add(drop, y, residual)
         y = y if act is None else act(y)
-    y = y if counter is None else _counted(y, counter)
     return _pooled(y, pool)
 
 
