@@ -287,12 +287,19 @@ _BY_NAME: dict[str, NormLayer] = {
 }
 
 
+_BARE: dict[Any, Any] = {
+    BatchNormAct2d: nn.BatchNorm2d,
+    FrozenBatchNormAct2d: FrozenBatchNorm2d,
+}
+
+
 def create_norm_act(
     norm_layer: str | NormLayer | None,
     num_features: int,
     act_layer: ActLayer = nn.ReLU,
     *,
     apply_act: bool = True,
+    bare: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Build the norm of a conv-norm-act unit.
@@ -300,6 +307,9 @@ def create_norm_act(
     `nn.BatchNorm2d` (also as a `functools.partial`, or None) becomes `BatchNormAct2d`; this
     library's norms are used as they are; any other callable is called with `num_features` and stays
     a bare norm, which `norm_act` follows by the add and the activation.
+
+    With `bare`, batch norms stay bare too: one that is a child of a network beside its activation,
+    which extractors of features run one after the other. `norm_act` fuses them all the same.
 
     Of timm's names "batchnorm2d", "frozenbatchnorm2d", "groupnorm" (of 32 groups), "groupnorm1" and
     "layernorm2d" are known.
@@ -310,7 +320,9 @@ def create_norm_act(
     args: tuple[Any, ...] = ()
     if isinstance(base, partial):
         base, args, kwargs = base.func, base.args, {**base.keywords, **kwargs}
-    if base is nn.BatchNorm2d:
+    if bare:
+        base = _BARE.get(base, base)
+    elif base is nn.BatchNorm2d:
         base = BatchNormAct2d
     if isinstance(base, type) and issubclass(base, _FusesAct):
         kwargs |= {"apply_act": apply_act, "act_layer": act_layer}
