@@ -247,6 +247,7 @@ print(len(numbers), [name for name in sys.modules if name.startswith("vertebra."
 
 def run(script: str, folder: Path, *args: str) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
+    env["VERTEBRA_BACKEND"] = "eager"
     return subprocess.Popen(
         [sys.executable, "-c", script, *args],
         stdout=subprocess.PIPE,

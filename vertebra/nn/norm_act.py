@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.fx
 from torch import Tensor, nn
 
@@ -87,8 +88,9 @@ def normalise(
     feature extractors ask for it by its name.
 
     Args:
-        norm: a `torch.nn.BatchNorm2d`, whose state is used and advanced as its `forward` would, or
-            a batch norm frozen into the buffers weight, bias, running_mean and running_var.
+        norm: a `torch.nn.BatchNorm2d`, or a `SyncBatchNorm` without peers, whose state is used and
+            advanced as its `forward` would, or a batch norm frozen into the buffers weight, bias,
+            running_mean and running_var.
         x: (N, C, H, W).
         act: the activation; None for none.
         residual: added before the activation.
@@ -115,7 +117,7 @@ def normalise(
 
 def _statistics(norm: Any) -> tuple[dict[str, Any], Tensor | None]:
     """Return what normalises, as arguments of `batch_norm_act_pool`, and the counter to advance."""
-    if not isinstance(norm, nn.BatchNorm2d) or (
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or (  # pyright: ignore[reportPrivateUsage]
         not norm.training and norm.running_mean is not None
     ):
         stored = {"running_mean": norm.running_mean, "running_var": norm.running_var}
@@ -333,8 +335,19 @@ def create_norm_act(
     return build(*args, num_features, **kwargs)
 
 
+def has_peers(norm: nn.SyncBatchNorm) -> bool:
+    """Return whether there are other processes to share the statistics of this batch with."""
+    distributed = torch.distributed
+    if not (norm.training and distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size(norm.process_group) > 1
+
+
 def _is_bare(norm: nn.Module) -> bool:
     """Return whether `norm` computes what `normalise` does, no more, and nobody watches it."""
+    if isinstance(norm, nn.SyncBatchNorm):
+        is_torchs = type(norm).forward is nn.SyncBatchNorm.forward
+        return is_torchs and not has_peers(norm) and not has_hooks(norm)
     kind = nn.BatchNorm2d if isinstance(norm, nn.BatchNorm2d) else FrozenBatchNorm2d
     return type(norm).forward is kind.forward and not has_hooks(norm)
 
