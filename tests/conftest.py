@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from torch import nn
 
 
 def _declare_torchvision_ops() -> torch.library.Library | None:
@@ -66,6 +67,13 @@ def eager_on_one_thread() -> Iterator[None]:
     with backend("eager"):
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave weights as they are: filling those of the meta device takes most of building there."""
+    for name in ("constant_", "kaiming_normal_", "kaiming_uniform_", "uniform_", "zeros_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
 
 
 # the peers, where they are installed

@@ -240,3 +240,49 @@ def test_on_meta_in_channels_last_and_in_half(models) -> None:
     assert torch.equal(model(x), plain(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_error(model(x).float(), plain(x).float()) <= 0.05
+
+
+def loose() -> dict[str, tuple[nn.Module, str]]:
+    """Modules by themselves, and the op that each is."""
+    from torchvision.models.convnext import LayerNorm2d
+    from torchvision.ops import (
+        Conv2dNormActivation,
+        FrozenBatchNorm2d,
+        SqueezeExcitation,
+        StochasticDepth,
+    )
+
+    return {
+        "conv": (Conv2dNormActivation(8, 8, activation_layer=nn.SiLU), "batch_norm_act"),
+        "conv without norm": (Conv2dNormActivation(8, 8, norm_layer=None), ""),
+        "excitation": (SqueezeExcitation(8, 4), "squeeze_excite"),
+        "hard excitation": (
+            SqueezeExcitation(8, 4, scale_activation=nn.Hardsigmoid),
+            "squeeze_excite",
+        ),
+        "depth": (StochasticDepth(1.0, "row"), "drop_path_add"),
+        "norm": (LayerNorm2d(8), "layer_norm_2d"),
+        "frozen": (FrozenBatchNorm2d(8), "scale_bias_act"),
+    }
+
+
+LOOSE = ("conv", "conv without norm", "excitation", "hard excitation", "depth", "norm", "frozen")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", LOOSE)
+def test_loose_modules(name, torchvision) -> None:
+    module, op = loose()[name]
+    module = module.double().train()
+    twin = vertebra.accelerate(copy.deepcopy(module))
+    x = torch.randn(2, 8, 6, 6, dtype=torch.double)
+    assert set(ops(lambda: twin(x))) == ({op} if op else set())
+    module(x)  # as often as its twin
+    for training in (True, False):
+        results = []
+        for one in (twin.train(training), module.train(training)):
+            z = x.clone().requires_grad_()
+            y = one(z.clone())
+            y.square().sum().backward()
+            results.append([y, z.grad, *(p.grad for p in one.parameters()), *one.buffers()])
+        torch.testing.assert_close(*results)

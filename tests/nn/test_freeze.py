@@ -236,7 +236,8 @@ def test_frozen_from_the_start_unfreezes_to_learning_norms() -> None:
     with vertebra.backend("eager"):
         expected = model(x)
         torch.testing.assert_close(unfreeze_batch_norm_2d(model).eval()(x), expected)
-    assert type(model.bn1) is BatchNormAct2d
+    assert type(model.layer1[0].bn1) is BatchNormAct2d
+    assert type(model.bn1) is nn.BatchNorm2d  # the stem's, whose activation follows it
     assert type(unfreeze_batch_norm_2d(FrozenBatchNorm2d(8))) is nn.BatchNorm2d
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from . import timm
 from .accelerate import Site, accelerate, report, restore
 from .timm_backbone import TimmBackbone
 
-__all__ = ["Site", "TimmBackbone", "accelerate", "report", "restore"]
+__all__ = ["Site", "TimmBackbone", "accelerate", "report", "restore", "timm"]
 
 
 def __getattr__(name: str) -> ModuleType:  # what derives from a library's classes imports it

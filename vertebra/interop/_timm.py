@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from ..nn import (
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
 from ..nn.norm_act import normalise
+from ._children import in_steps
 from ._swap import accelerates
 
 # layers: those that are ours under another name take our forward, by which our blocks know them
@@ -264,3 +267,28 @@ class _ConvNeXtBlock:
         else:
             y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return drop_add(self.drop_path, y, self.shortcut(x), self.gamma)
+
+
+@accelerates("timm.models._features.FeatureDictNet", _collect="3ff52ed095a0")
+@accelerates("timm.models._features.FeatureListNet", _collect="3ff52ed095a0")
+class _FeatureNet:
+    """What `features_only` makes of a network."""
+
+    return_layers: dict[str, str]
+    concat: bool
+    grad_checkpointing: bool
+    items: Any
+
+    def _collect(self, x: Tensor) -> dict[str, Any]:
+        if self.grad_checkpointing:
+            timms: Any = super()
+            return timms._collect(x)
+        features: dict[str, Any] = OrderedDict()
+        for name, run in in_steps(self.items(), self.return_layers):
+            x = run(x)
+            if name in self.return_layers:
+                y = x
+                if isinstance(x, tuple | list):
+                    y = torch.cat(x, 1) if self.concat else x[0]
+                features[self.return_layers[name]] = y
+        return features

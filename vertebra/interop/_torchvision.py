@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..nn import LayerNorm2d, norm_act
 from ..nn._act import has_hooks
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
+from ._children import in_steps
 from ._swap import accelerates
 
 torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
@@ -72,6 +74,21 @@ class _ResNet:
         x = norm_act(self.bn1, self.conv1(x), self.relu, pool=self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+@accelerates("torchvision.models._utils.IntermediateLayerGetter", forward="f35b64dca034")
+class _IntermediateLayerGetter(nn.ModuleDict):
+    """What torchvision's detectors and segmenters make of their backbones."""
+
+    return_layers: dict[str, str]
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        features: OrderedDict[str, Tensor] = OrderedDict()
+        for name, run in in_steps(self.items(), self.return_layers):
+            x = run(x)
+            if name in self.return_layers:
+                features[self.return_layers[name]] = x
+        return features
 
 
 def _is_conv_norm_act(module: Any) -> str | None:

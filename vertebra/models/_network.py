@@ -37,6 +37,7 @@ class Network(nn.Module):
         family: "resnet", "regnet" or "convnext".
         stage_names: the stages, as names of submodules.
         stem_is_feature: whether feature 0 is the stem's, and feature 1 that of the first stage.
+        in_chans: channels of the image.
         num_classes: outputs of the classifier; 0 for none.
         num_features: channels of the last feature map.
         head_hidden_size: channels that the classifier reads.
@@ -55,6 +56,7 @@ class Network(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.in_chans: int = config.in_chans
         self.num_classes: int = config.num_classes
         self.num_features: int = config.channels[-1]
         self.drop_rate: float = config.drop_rate

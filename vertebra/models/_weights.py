@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -79,8 +80,7 @@ def load_weights(model: Network, source: Source, *, keep_classifier: bool | None
         source = _read(source)
     classifier, has_classifier = _classifier(model)
     last = f"{classifier}weight"
-    known = {**own, last: None, f"{classifier}bias": None}  # known even where it is left out
-    weights = _reshape(recognise(known, _unwrap(source), model.family), own)
+    weights = _renamed(model, source, own)
     if keep_classifier is None:
         keep_classifier = is_published and last in own and last in weights
         keep_classifier = keep_classifier and len(own[last]) != len(weights[last])
@@ -94,6 +94,39 @@ def load_weights(model: Network, source: Source, *, keep_classifier: bool | None
     if differences:
         raise ValueError(_explain(differences, classifier, weights))
     model.load_state_dict({key: weights.get(key, value) for key, value in own.items()})
+
+
+def fit_weights(model: Network, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a state dict of any layout with the keys and shapes of `model`.
+
+    For loaders of other libraries, which see to the two that may differ themselves: the weight that
+    reads the image, and the classifier.
+
+    Raises:
+        ValueError: others differ.
+    """
+    own = model.state_dict()
+    found = _renamed(model, weights, own)
+    classifier, _ = _classifier(model)
+    differences = _differences(own, found)
+    for key in list(differences):
+        if key == _stem(model) or key.startswith(classifier):
+            del differences[key]
+    if differences:
+        raise ValueError(_explain(differences, classifier, found))
+    counters = {key: value for key, value in own.items() if key.endswith(_COUNTER)}
+    known = {key: w for key, w in found.items() if key in own or not key.endswith(_COUNTER)}
+    return {**counters, **known}
+
+
+def _renamed(
+    model: Network, source: Mapping[str, Any], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint under the names of `model`, and where it can in shape."""
+    classifier, _ = _classifier(model)
+    # known even where it is left out
+    known = {*own, f"{classifier}weight", f"{classifier}bias"}
+    return _reshape(recognise(known, _unwrap(source), model.family), own)
 
 
 def _find(source: str | os.PathLike[str] | Weights) -> tuple[Path, bool]:
@@ -132,7 +165,9 @@ def _load(path: Path) -> Any:
         from safetensors.torch import load_file  # not needed for anything else
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # what training scripts keep beside the weights: their arguments, which are plain values
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -258,8 +258,10 @@ class ResNet(Network):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
         self.conv1 = _stem_conv(config)
-        self.bn1 = _norm(config, config.stem_channels)
-        self.relu = create_act(config.act_layer)  # for a norm that does not bring its own
+        # Norm and activation apart: features are asked for by their names, and torchvision and timm
+        # run the children of a network one after the other.
+        self.bn1 = create_norm_act(config.norm_layer, config.stem_channels, bare=True)
+        self.relu = create_act(config.act_layer)
         self.maxpool = _stem_pool(config)
         stages = config.stages()
         self.stage_names = tuple(f"layer{i + 1}" for i in range(len(stages)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.fx
 from torch import Tensor, nn
 
 from ._act import by_name, has_hooks
@@ -28,6 +29,8 @@ def attn_act(
 ) -> Tensor:
     """Return `act(drop(attn(x)) + residual)`: in one op for `SqueezeExcite` where `drop` is idle.
 
+    A traced graph keeps them apart: feature extractors ask for `attn` by its name.
+
     Args:
         attn: what `create_attn` built.
         x: output of the residual branch's last norm.
@@ -35,7 +38,7 @@ def attn_act(
         residual: the shortcut.
         drop: stochastic depth; None for none.
     """
-    excites = type(attn).forward is SqueezeExcite.forward
+    excites = type(attn).forward is SqueezeExcite.forward and not isinstance(x, torch.fx.Proxy)
     if excites and not has_hooks(attn) and is_idle(drop):
         return attn(x, residual, act)
     return act(drop_add(drop, attn(x), residual))

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.fx
 from torch import Tensor, nn
 
@@ -17,15 +18,35 @@ from .layer_norm import LayerNorm2d
 
 NormLayer = Callable[..., nn.Module]
 
-# for torch.fx these are leaves: they look at shapes, which a proxy does not have
-torch.fx.wrap("batch_norm_act")
-torch.fx.wrap("scale_bias_act")
-torch.fx.wrap("_counted")
+# A leaf for torch.fx: it looks at shapes, which a proxy does not have, and counts batches. One for
+# both modes: feature extractors trace in both and expect the same nodes.
+torch.fx.wrap("_normalised")
 
 
-def _counted(y: Tensor, counter: Tensor) -> Tensor:
-    """Count a batch, when `y` is computed and not when it is traced."""
-    counter.add_(1)
+def _normalised(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    *,
+    training: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float = 0.0,
+    eps: float,
+    counter: Tensor | None,
+) -> Tensor:
+    """Run the op for the mode, and count the batch."""
+    stored: dict[str, Any] = {"eps": eps}
+    if training:
+        stored |= {"running_mean": running_mean, "running_var": running_var, "momentum": momentum}
+        y = batch_norm_act(x, weight, bias, residual, act, **stored)
+    else:
+        stored |= {"mean": running_mean, "var": running_var}
+        y = scale_bias_act(x, weight, bias, residual, act, **stored)
+    if counter is not None:
+        counter.add_(1)
     return y
 
 
@@ -67,8 +88,9 @@ def normalise(
     feature extractors ask for it by its name.
 
     Args:
-        norm: a `torch.nn.BatchNorm2d`, whose state is used and advanced as its `forward` would, or
-            a batch norm frozen into the buffers weight, bias, running_mean and running_var.
+        norm: a `torch.nn.BatchNorm2d`, or a `SyncBatchNorm` without peers, whose state is used and
+            advanced as its `forward` would, or a batch norm frozen into the buffers weight, bias,
+            running_mean and running_var.
         x: (N, C, H, W).
         act: the activation; None for none.
         residual: added before the activation.
@@ -80,28 +102,22 @@ def normalise(
     kwargs, counter = _statistics(norm)
     if pool is not None and residual is None and fused is not None and _fuses_pool(pool, x):
         y = batch_norm_act_pool(x, norm.weight, norm.bias, fused, **kwargs)
-        return y if counter is None else _counted(y, counter)
-    if kwargs.pop("training"):
-        op = batch_norm_act
-    else:
-        op = scale_bias_act
-        kwargs = {
-            "mean": kwargs["running_mean"],
-            "var": kwargs["running_var"],
-            "eps": kwargs["eps"],
-        }
+        if counter is not None:
+            counter.add_(1)
+        return y
+    kwargs["counter"] = counter
     if fused is not None:
-        y = op(x, norm.weight, norm.bias, residual, fused, **kwargs)
+        y = _normalised(x, norm.weight, norm.bias, residual, fused, **kwargs)
     else:
-        y = drop_add(drop, op(x, norm.weight, norm.bias, **kwargs), residual)
+        y = _normalised(x, norm.weight, norm.bias, None, "none", **kwargs)
+        y = drop_add(drop, y, residual)
         y = y if act is None else act(y)
-    y = y if counter is None else _counted(y, counter)
     return _pooled(y, pool)
 
 
 def _statistics(norm: Any) -> tuple[dict[str, Any], Tensor | None]:
     """Return what normalises, as arguments of `batch_norm_act_pool`, and the counter to advance."""
-    if not isinstance(norm, nn.BatchNorm2d) or (
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or (  # pyright: ignore[reportPrivateUsage]
         not norm.training and norm.running_mean is not None
     ):
         stored = {"running_mean": norm.running_mean, "running_var": norm.running_var}
@@ -273,12 +289,19 @@ _BY_NAME: dict[str, NormLayer] = {
 }
 
 
+_BARE: dict[Any, Any] = {
+    BatchNormAct2d: nn.BatchNorm2d,
+    FrozenBatchNormAct2d: FrozenBatchNorm2d,
+}
+
+
 def create_norm_act(
     norm_layer: str | NormLayer | None,
     num_features: int,
     act_layer: ActLayer = nn.ReLU,
     *,
     apply_act: bool = True,
+    bare: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Build the norm of a conv-norm-act unit.
@@ -286,6 +309,9 @@ def create_norm_act(
     `nn.BatchNorm2d` (also as a `functools.partial`, or None) becomes `BatchNormAct2d`; this
     library's norms are used as they are; any other callable is called with `num_features` and stays
     a bare norm, which `norm_act` follows by the add and the activation.
+
+    With `bare`, batch norms stay bare too: one that is a child of a network beside its activation,
+    which extractors of features run one after the other. `norm_act` fuses them all the same.
 
     Of timm's names "batchnorm2d", "frozenbatchnorm2d", "groupnorm" (of 32 groups), "groupnorm1" and
     "layernorm2d" are known.
@@ -296,7 +322,9 @@ def create_norm_act(
     args: tuple[Any, ...] = ()
     if isinstance(base, partial):
         base, args, kwargs = base.func, base.args, {**base.keywords, **kwargs}
-    if base is nn.BatchNorm2d:
+    if bare:
+        base = _BARE.get(base, base)
+    elif base is nn.BatchNorm2d:
         base = BatchNormAct2d
     if isinstance(base, type) and issubclass(base, _FusesAct):
         kwargs |= {"apply_act": apply_act, "act_layer": act_layer}
@@ -307,8 +335,19 @@ def create_norm_act(
     return build(*args, num_features, **kwargs)
 
 
+def has_peers(norm: nn.SyncBatchNorm) -> bool:
+    """Return whether there are other processes to share the statistics of this batch with."""
+    distributed = torch.distributed
+    if not (norm.training and distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size(norm.process_group) > 1
+
+
 def _is_bare(norm: nn.Module) -> bool:
     """Return whether `norm` computes what `normalise` does, no more, and nobody watches it."""
+    if isinstance(norm, nn.SyncBatchNorm):
+        is_torchs = type(norm).forward is nn.SyncBatchNorm.forward
+        return is_torchs and not has_peers(norm) and not has_hooks(norm)
     kind = nn.BatchNorm2d if isinstance(norm, nn.BatchNorm2d) else FrozenBatchNorm2d
     return type(norm).forward is kind.forward and not has_hooks(norm)
 

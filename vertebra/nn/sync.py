@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed
 from torch import Tensor, nn
 
 from ._drop import drop_add
 from ._replace import replace_modules, share_hooks
-from .norm_act import BatchNormAct2d
+from .norm_act import BatchNormAct2d, has_peers
 
 
 class SyncBatchNormAct2d(BatchNormAct2d, nn.SyncBatchNorm):
@@ -28,12 +27,6 @@ class SyncBatchNormAct2d(BatchNormAct2d, nn.SyncBatchNorm):
         super().__init__(num_features, **kwargs)
         self.process_group = process_group
 
-    def _has_peers(self) -> bool:
-        distributed = torch.distributed
-        if not (self.training and distributed.is_available() and distributed.is_initialized()):
-            return False
-        return distributed.get_world_size(self.process_group) > 1
-
     def forward(
         self,
         x: Tensor,
@@ -41,7 +34,7 @@ class SyncBatchNormAct2d(BatchNormAct2d, nn.SyncBatchNorm):
         pool: nn.Module | None = None,
         drop: nn.Module | None = None,
     ) -> Tensor:
-        if not self._has_peers():
+        if not has_peers(self):
             return super().forward(x, residual, pool, drop)
         y = nn.SyncBatchNorm.forward(self, x)
         y = self.act(drop_add(self.drop if drop is None else drop, y, residual))
