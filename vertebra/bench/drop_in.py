@@ -73,8 +73,11 @@ def _models(library: str) -> Iterator[nn.Module]:
     """Yield small models in which classes of a library occur, then such modules by themselves."""
     if library == "torchvision":
         yield from (peers.torchvision_model(name) for name in _TORCHVISION)
+        taken_apart: Any = peers.torchvision_module("models._utils").IntermediateLayerGetter
+        yield taken_apart(peers.torchvision_model("resnet18"), {"layer4": "out"})
     elif library == "timm":
         yield from (peers.timm_model(name) for name in _TIMM)
+        yield peers.timm().create_model("resnet18", features_only=True)
     else:
         transformers = peers.transformers()
         for name, options in _TRANSFORMERS:
