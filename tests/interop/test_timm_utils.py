@@ -6,7 +6,6 @@ accelerated, or ours comes from timm's registry; after what timm does to both, t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -239,7 +238,6 @@ def test_saves_resumes_and_loads(pair, timm, tmp_path):
     saver = timm.utils.CheckpointSaver(
         model=model,
         optimizer=optimizer,
-        args=argparse.Namespace(model="a model"),
         model_ema=average,
         checkpoint_dir=str(tmp_path),
         recovery_dir=str(tmp_path),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -165,9 +164,7 @@ def _load(path: Path) -> Any:
         from safetensors.torch import load_file  # not needed for anything else
 
         return load_file(path)
-    # what training scripts keep beside the weights: their arguments, which are plain values
-    with torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
