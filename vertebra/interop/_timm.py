@@ -269,10 +269,10 @@ class _ConvNeXtBlock:
         return drop_add(self.drop_path, y, self.shortcut(x), self.gamma)
 
 
-@accelerates("timm.models._features.FeatureDictNet", _collect="3ff52ed095a0")
-@accelerates("timm.models._features.FeatureListNet", _collect="3ff52ed095a0")
+@accelerates("timm.models._features.FeatureDictNet", _collect="3ff52ed095a0 dbc473fa0061")
+@accelerates("timm.models._features.FeatureListNet", _collect="3ff52ed095a0 dbc473fa0061")
 class _FeatureNet:
-    """What `features_only` makes of a network."""
+    """What `features_only` makes of a network; before 1.0.31 it checkpoints other children."""
 
     return_layers: dict[str, str]
     concat: bool

@@ -62,6 +62,8 @@ REGISTERS = {
     "_dweights_kernel": 128,
     "_dx_kernel": 128,
 }
+# without, each spilled 8 bytes in one binary of triton 3.6's; with, so did _dx_kernel
+MAXNREG = {"_squeeze_kernel": 128, "_scale_kernel": 128}
 
 # the partial sums of an fc's tile: 64 registers a lane of 8 warps; fp64 is less in a hurry
 PARTIALS = {torch.float32: 16384, torch.float64: 2048}
