@@ -191,7 +191,8 @@ def test_a_launch_is_specialised_as_by_the_jit() -> None:
                         (source.hash(), source.signature, source.constants, source.attrs, options)
                     )
                     arguments = {k: _real(v) for k, v in launch.arguments.items()}
-                    kernel.run(grid=launch.grid, warmup=True, **arguments)
+                    limit = limits(kernel, target.gpu.backend)
+                    kernel.run(grid=launch.grid, warmup=True, **arguments, **limit)
                     source, options = _aot.specialise(launch, target)
                     ours = (source.hash(), source.signature, source.constants, source.attrs)
                     assert jitted == [(*ours, vars(options))]
