@@ -34,7 +34,7 @@ def test_help_names_every_option() -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.thorough)])
 def test_a_tiny_run_checks_measures_and_writes(tmp_path, dtype) -> None:
     options = ["--device", "cpu", "--dtype", dtype, "--providers", EAGER, "--out", str(tmp_path)]
     done = command("bench", *TINY, *options)
