@@ -1,4 +1,4 @@
-"""`explain`: what each fused site of a model does, why, what it costs at best, and what is none."""
+"""`explain`: what each fused site of a model does, why, its cost at best, and what is left out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from . import interop
+from .interop._swap import path_of
 from .kernels._op import Call, observe
 
 
@@ -110,7 +111,7 @@ def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> E
     bandwidth = copy_bandwidth(x.device) if bandwidth is None else bandwidth
     sites = Explanation()
     path: list[str] = []
-    alone: list[nn.Module] = []
+    alone: dict[str, nn.Module] = {}
 
     def record(call: Call) -> None:
         moved = call.op.traffic(*call.args).forward
@@ -127,19 +128,19 @@ def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> E
 
     with _undone(model), _named_calls(model, path, sites, alone), observe(record), torch.no_grad():
         model(x)
-    names = {module: name for name, module in model.named_modules()}
     sites.left = [site for site in interop.report(model) if site.reason is not None]
     known = {site.name for site in sites.left}
-    for module in dict.fromkeys(alone):
-        if names[module] not in known:
-            cls = f"{type(module).__module__}.{type(module).__qualname__}"
-            sites.left.append(interop.Site(names[module], cls, "no block here fuses it"))
+    sites.left += [
+        interop.Site(name, path_of(type(module)), "no block here fuses it")
+        for name, module in alone.items()
+        if name not in known
+    ]
     return sites
 
 
 @contextmanager
 def _named_calls(
-    model: nn.Module, path: list[str], sites: list[Site], alone: list[nn.Module]
+    model: nn.Module, path: list[str], sites: list[Site], alone: dict[str, nn.Module]
 ) -> Generator[None]:
     """Keep the qualified name of the running module on top of `path`.
 
@@ -156,9 +157,9 @@ def _named_calls(
 
     def leave(module: nn.Module, *_: Any) -> None:
         if module in names:
-            path.pop()
+            name = path.pop()
             if before.pop() == len(sites) and isinstance(module, _NORMS):
-                alone.append(module)
+                alone[name] = module
 
     hooks = [
         register_module_forward_pre_hook(enter),

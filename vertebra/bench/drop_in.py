@@ -22,7 +22,7 @@ from torch import nn
 
 from .._explain import explain
 from ..interop import _swap, accelerate
-from ..interop.accelerate import LIBRARIES
+from ..interop.accelerate import LIBRARIES, load
 from ..interop.readings import ABSENT, KNOWN
 from . import peers
 
@@ -98,15 +98,14 @@ def table() -> list[Row]:
     """
     rows: list[Row] = []
     for library in LIBRARIES:
-        importlib.import_module(f"..interop._{library}", __package__)
+        load(library)
+        seen = _seen(library)
         by_recipe: dict[type, Row] = {}
         for path, recipe in _swap.recipes(library).items():
             row = by_recipe.setdefault(recipe.mixin, Row(library))
             row.classes.append(path.removeprefix(f"{library}."))
-        seen = _seen(library)
-        for path, recipe in _swap.recipes(library).items():
             for training in (True, False):
-                by_recipe[recipe.mixin].ops[training] |= seen[path, training]
+                row.ops[training] |= seen[path, training]
         rows += by_recipe.values()
     return rows
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import BatchNormAct2d, norm_act
+from ..nn import norm_act
 from ..nn._act import fusible_act
-from ..nn.norm_act import FrozenBatchNorm2d
-
-
-def _is_plain_norm(module: nn.Module) -> bool:
-    """Return whether a module is a batch norm that ends in no activation."""
-    if isinstance(module, nn.BatchNorm2d):
-        return not isinstance(module, BatchNormAct2d)
-    return type(module).forward is FrozenBatchNorm2d.forward
+from ..nn.norm_act import is_bare
 
 
 def in_steps(
@@ -31,10 +25,22 @@ def in_steps(
     while rest:
         (name, module), *rest = rest
         run: Any = module
-        if _is_plain_norm(module) and name not in wanted and rest and fusible_act(rest[0][1]):
+        if is_bare(module) and name not in wanted and rest and fusible_act(rest[0][1]):
             (name, act), *rest = rest
             pool = None
             if name not in wanted and rest and type(rest[0][1]) is nn.MaxPool2d:
                 (name, pool), *rest = rest
             run = partial(norm_act, module, act=act, pool=pool)
         yield name, run
+
+
+def collect(
+    children: Iterable[tuple[str, nn.Module]], wanted: Mapping[str, str], x: Tensor
+) -> OrderedDict[str, Any]:
+    """Run the children one after the other; return the outputs of those wanted, renamed."""
+    found: OrderedDict[str, Any] = OrderedDict()
+    for name, run in in_steps(children, wanted):
+        x = run(x)
+        if name in wanted:
+            found[wanted[name]] = x
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..nn import (
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
 from ..nn.norm_act import normalise
-from ._children import in_steps
+from ._children import collect, in_steps
 from ._swap import accelerates
 
 # layers: those that are ours under another name take our forward, by which our blocks know them
@@ -193,12 +192,8 @@ def _in_pairs(modules: nn.Module, x: Tensor) -> Tensor:
     """Run the part of a stem that may be a sequence, each norm of it with the activation behind."""
     if type(modules) is not nn.Sequential or has_hooks(modules):
         return modules(x)
-    rest = iter(modules)
-    for module in rest:
-        if isinstance(module, nn.BatchNorm2d):
-            x = norm_act(module, x, next(rest, None))
-        else:
-            x = module(x)
+    for _, run in in_steps(((str(i), module) for i, module in enumerate(modules)), ()):
+        x = run(x)
     return x
 
 
@@ -283,12 +278,8 @@ class _FeatureNet:
         if self.grad_checkpointing:
             timms: Any = super()
             return timms._collect(x)
-        features: dict[str, Any] = OrderedDict()
-        for name, run in in_steps(self.items(), self.return_layers):
-            x = run(x)
-            if name in self.return_layers:
-                y = x
-                if isinstance(x, tuple | list):
-                    y = torch.cat(x, 1) if self.concat else x[0]
-                features[self.return_layers[name]] = y
+        features = collect(self.items(), self.return_layers, x)
+        for name, y in features.items():
+            if isinstance(y, tuple | list):
+                features[name] = torch.cat(y, 1) if self.concat else y[0]
         return features

@@ -14,7 +14,7 @@ from ..nn import LayerNorm2d, norm_act
 from ..nn._act import has_hooks
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
-from ._children import in_steps
+from ._children import collect
 from ._swap import accelerates
 
 torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
@@ -83,12 +83,7 @@ class _IntermediateLayerGetter(nn.ModuleDict):
     return_layers: dict[str, str]
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        features: OrderedDict[str, Tensor] = OrderedDict()
-        for name, run in in_steps(self.items(), self.return_layers):
-            x = run(x)
-            if name in self.return_layers:
-                features[self.return_layers[name]] = x
-        return features
+        return collect(self.items(), self.return_layers, x)
 
 
 def _is_conv_norm_act(module: Any) -> str | None:

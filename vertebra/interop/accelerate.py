@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
-from ._swap import Swapped, has_recipe, swap, target, unswap
+from ._swap import Swapped, has_recipe, path_of, swap, target, unswap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -16,7 +16,7 @@ LIBRARIES = ("timm", "torchvision", "transformers")
 
 
 @cache
-def _load(library: str) -> None:
+def load(library: str) -> None:
     """Register the recipes for a library, which whoever has a module of it has imported."""
     importlib.import_module(f"{__package__}._{library}")
 
@@ -63,7 +63,7 @@ def report(model: nn.Module) -> list[Site]:
         if not isinstance(module, Swapped):
             found = target(module)
             reason = found if isinstance(found, str) else "accelerate was not called"
-        sites.append(Site(name, f"{cls.__module__}.{cls.__qualname__}", reason))
+        sites.append(Site(name, path_of(cls), reason))
     return sites
 
 
@@ -73,6 +73,6 @@ def _known(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         library = type(module).__module__.partition(".")[0]
         if library in LIBRARIES:
-            _load(library)
+            load(library)
             found.append(module)
     return found

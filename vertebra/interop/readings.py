@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
 import json
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from torch import nn
 
 from . import _swap
 from ._swap import reading, reading_of
-from .accelerate import LIBRARIES
+from .accelerate import LIBRARIES, load
 
 KNOWN, ABSENT = "known", "absent"
 
@@ -35,7 +34,7 @@ class Wheel:
 
     def __init__(self, path: Path) -> None:
         self._zip = ZipFile(path)
-        self._texts: dict[str, str] = {}
+        self._modules: dict[str, tuple[str, ast.Module]] = {}
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -45,16 +44,18 @@ class Wheel:
         stem = module.replace(".", "/")
         return next((f for f in (f"{stem}.py", f"{stem}/__init__.py") if f in self._names), None)
 
-    def _text(self, module: str) -> str:
-        if module not in self._texts:
+    def _module(self, module: str) -> tuple[str, ast.Module]:
+        """Return the text of a module and its syntax; both are empty if there is none."""
+        if module not in self._modules:
             file = self._file(module)
-            self._texts[module] = self._zip.read(file).decode() if file else ""
-        return self._texts[module]
+            text = self._zip.read(file).decode() if file else ""
+            self._modules[module] = text, ast.parse(text)
+        return self._modules[module]
 
     def find(self, path: str) -> tuple[str, ast.ClassDef] | None:
         """Return the module that defines what can be imported as `path`, and the class."""
         module, _, name = path.rpartition(".")
-        for node in ast.parse(self._text(module)).body:
+        for node in self._module(module)[1].body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 return module, node
             if isinstance(node, ast.ImportFrom):
@@ -78,7 +79,7 @@ class Wheel:
         if found is None:
             return None
         module, cls = found
-        text = self._text(module)
+        text, _ = self._module(module)
         for node in cls.body:
             if isinstance(node, ast.FunctionDef) and node.name == name:
                 source = ast.get_source_segment(text, node) or ""
@@ -99,7 +100,7 @@ class Wheel:
 
 def read(wheel: Wheel, library: str) -> dict[str, str]:
     """Return by class what a version of a library has of what recipes were written from."""
-    importlib.import_module(f"._{library}", __package__)
+    load(library)
     found: dict[str, str] = {}
     for path, recipe in _swap.recipes(library).items():
         readings = {name: wheel.method(path, name) for name in recipe.methods}

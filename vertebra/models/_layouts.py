@@ -266,10 +266,18 @@ def recognise(
     return {best.get(key, key): weight for key, weight in weights.items()}
 
 
+def _layout(family: str, layout: str) -> Layout:
+    if layout not in LAYOUTS[family]:
+        raise ValueError(
+            f"the layouts of {family} are {', '.join(LAYOUTS[family])}; got {layout!r}"
+        )
+    return LAYOUTS[family][layout]
+
+
 def check_options(config: Any, family: str, layout: str) -> None:
     """Raise ValueError if a library's network with these weights would compute something else."""
     defaults = {field.name: field.default for field in fields(config)}
-    for option in LAYOUTS[family][layout].lacks if layout in LAYOUTS[family] else ():
+    for option in _layout(family, layout).lacks:
         value = getattr(config, option)
         if value != defaults[option]:
             raise ValueError(
@@ -285,17 +293,13 @@ def export(weights: Mapping[str, Tensor], family: str, layout: str) -> dict[str,
     Raises:
         ValueError: there is no such layout, or it has no name for some of the weights.
     """
-    if layout not in LAYOUTS[family]:
-        raise ValueError(
-            f"the layouts of {family} are {', '.join(LAYOUTS[family])}; got {layout!r}"
-        )
-    rename, reshape, alike, _ = LAYOUTS[family][layout]
-    names = {key: rename(key, weights.keys()) for key in weights}
+    found = _layout(family, layout)
+    names = found.names(weights.keys())
+    alike = names if found.rename is _ours else found.alike
     nameless = [key for key in names if key == names[key] and key not in alike]
-    nameless = [] if rename is _ours else nameless
     if nameless:
         raise ValueError(
             f"{layout} has no name for {nameless[0]} ({len(nameless)} such weights): it has no "
             f"{family} with this option; choose another of {', '.join(LAYOUTS[family])}"
         )
-    return {names[key]: reshape(names[key], weight) for key, weight in weights.items()}
+    return {names[key]: found.reshape(names[key], weight) for key, weight in weights.items()}

@@ -107,10 +107,12 @@ def fit_weights(model: Network, weights: Mapping[str, Any]) -> dict[str, Tensor]
     own = model.state_dict()
     found = _renamed(model, weights, own)
     classifier, _ = _classifier(model)
-    differences = _differences(own, found)
-    for key in list(differences):
-        if key == _stem(model) or key.startswith(classifier):
-            del differences[key]
+    stem = _stem(model)
+    differences = {
+        key: difference
+        for key, difference in _differences(own, found).items()
+        if key != stem and not key.startswith(classifier)
+    }
     if differences:
         raise ValueError(_explain(differences, classifier, found))
     counters = {key: value for key, value in own.items() if key.endswith(_COUNTER)}

@@ -343,12 +343,15 @@ def has_peers(norm: nn.SyncBatchNorm) -> bool:
     return distributed.get_world_size(norm.process_group) > 1
 
 
-def _is_bare(norm: nn.Module) -> bool:
+def is_bare(norm: nn.Module) -> bool:
     """Return whether `norm` computes what `normalise` does, no more, and nobody watches it."""
+    kind: Any = FrozenBatchNorm2d
     if isinstance(norm, nn.SyncBatchNorm):
-        is_torchs = type(norm).forward is nn.SyncBatchNorm.forward
-        return is_torchs and not has_peers(norm) and not has_hooks(norm)
-    kind = nn.BatchNorm2d if isinstance(norm, nn.BatchNorm2d) else FrozenBatchNorm2d
+        if has_peers(norm):
+            return False
+        kind = nn.SyncBatchNorm
+    elif isinstance(norm, nn.BatchNorm2d):
+        kind = nn.BatchNorm2d
     return type(norm).forward is kind.forward and not has_hooks(norm)
 
 
@@ -370,7 +373,7 @@ def norm_act(
         if pool is not None and not has_hooks(norm):  # a hook is promised what the norm returns
             return norm(x, residual, pool, drop)
         return _pooled(norm(x, residual, drop=drop), pool)
-    if not isinstance(x, torch.fx.Proxy) and _is_bare(norm):
+    if not isinstance(x, torch.fx.Proxy) and is_bare(norm):
         return normalise(norm, x, act, residual, pool, drop)
     y = drop_add(drop, norm(x), residual)
     return _pooled(y if act is None else act(y), pool)

@@ -38,7 +38,7 @@ from torch import Tensor
 from ..kernels._op import INTERPRETED
 from ..kernels._triton import _aot
 from ..kernels._triton._aot import Binary, Target, leaves
-from ..kernels._triton._launch import Launch
+from ..kernels._triton._launch import Launch, granted
 from .cases import Case, cases
 from .launches import launches as launches_of
 
@@ -217,7 +217,7 @@ def failures(build: Build, binary: Binary) -> list[str]:
         found.append(f"spills: {binary.stack} bytes of stack, {binary.spills} accesses")
     if binary.shared > target.shared:
         found.append(f"{binary.shared} bytes of shared memory, of {target.shared}")
-    budget = _aot.register_budget(build.launch)
+    budget = granted(build.launch.kernel, "REGISTERS")
     if budget and target.gpu.backend == "cuda" and binary.registers > budget:
         found.append(f"{binary.registers} registers, of {budget}")
 

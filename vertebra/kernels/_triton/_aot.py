@@ -16,7 +16,6 @@ import copyreg
 import hashlib
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -99,12 +98,6 @@ def identity(launch: Launch, target: Target) -> str:
 @cache
 def _own_text() -> str:
     return Path(__file__).read_text()
-
-
-def register_budget(launch: Launch) -> int | None:
-    """Return the registers that `REGISTERS` in the kernel's module grants it, if it is there."""
-    budget = getattr(sys.modules[launch.kernel.__module__], "REGISTERS", {})
-    return budget.get(launch.kernel.__name__)
 
 
 def leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:

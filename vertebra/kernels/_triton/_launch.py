@@ -67,6 +67,11 @@ def recorded(*, runs: bool = True) -> Generator[list[tuple[Launch, Any]]]:
         _record.launches, _record.runs = outer
 
 
+def granted(kernel: Any, table: str) -> int | None:
+    """Return what the table of that name in the kernel's module has for it, if it is there."""
+    return getattr(sys.modules[kernel.__module__], table, {}).get(kernel.__name__)
+
+
 def limits(kernel: Any, backend: str) -> dict[str, int]:
     """Return the option that keeps `kernel` to the registers in `MAXNREG` of its module, if any.
 
@@ -74,7 +79,7 @@ def limits(kernel: Any, backend: str) -> dict[str, int]:
     programs were counted from may get more, or spill. Told, it schedules for all that it may have,
     which for other kernels is what makes it spill. Triton has no such option for AMD.
     """
-    most = getattr(sys.modules[kernel.__module__], "MAXNREG", {}).get(kernel.__name__)
+    most = granted(kernel, "MAXNREG")
     return {} if most is None or backend != "cuda" else {"maxnreg": most}
 
 
