@@ -4,6 +4,7 @@ Without a GPU: Triton's JIT binds, specialises and looks up for real, for a GPU 
 binaries are stood in for by objects that note how they are launched.
 """
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,9 +29,10 @@ from triton.compiler import CompiledKernel, LazyDict
 from triton.runtime.driver import driver
 
 from vertebra.kernels import _op, _triton
-from vertebra.kernels._triton import _replay, _signature
+from vertebra.kernels._triton import _plan, _replay, _signature
 from vertebra.kernels._triton._launch import captured, launch
-from vertebra.kernels._triton._replay import Plan, Replay
+from vertebra.kernels._triton._plan import Plan
+from vertebra.kernels._triton._replay import Replay
 from vertebra.kernels._triton._stand_in import stand_in
 from vertebra.testing.cases import Case, cases
 from vertebra.testing.contract import leaves_of
@@ -244,6 +247,26 @@ def test_floats_are_handed_on_not_kept() -> None:
     agree(replay, x, None, 0.3, "none")
 
 
+@triton.jit
+def _odd_kernel(y_ptr, some, more, n, WHAT: tl.constexpr, HOW: tl.constexpr, KIND: tl.constexpr):
+    tl.store(y_ptr, 0)
+
+
+@jitted
+def test_every_kind_of_argument_is_handed_on() -> None:
+    def odd(x: Tensor, first: float, last: float, name: str) -> Tensor:
+        y, scratch = torch.empty_like(x), x.new_empty(2, 5)
+        arguments = {"some": (last, (None, first), -7, y), "more": (scratch[1], (), 2**40, first)}
+        kinds = {"WHAT": float("inf"), "HOW": (True, "a 'name'", tl.float16), "KIND": _scale_kernel}
+        launch(_odd_kernel, (3,), x.device, y_ptr=y, n=x.numel(), **arguments, **kinds)
+        return y
+
+    replay = Replay(odd, _op.is_plain, _op._watching)
+    for first, last in itertools.permutations((0.5, 0.25, -0.0, float("inf")), 2):
+        agree(replay, torch.zeros(64), first, last, "none", times=1)
+    assert [type(plan) for plan in replay.plans] == [Plan]
+
+
 @jitted
 def test_floats_that_decide_belong_to_the_signature() -> None:
     def inverse(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
@@ -295,6 +318,19 @@ def test_views_of_arguments_move_with_them() -> None:
         _, (launched,) = launches(replay, x, None, 1.0, "none")
         assert _pointer(launched[11]) == x[32:].data_ptr()
     assert [type(plan) for plan in replay.plans] == [Plan]
+
+
+@jitted
+def test_scratch_holds_what_lies_in_it() -> None:
+    made: list[Tensor] = []
+    allocate = _plan._ALLOCATE["cpu"]
+    with patch.dict(_plan._ALLOCATE, cpu=lambda *given: made.append(allocate(*given)) or made[-1]):
+        replay, x = Replay(scale, _op.is_plain, _op._watching), torch.zeros(64)
+        agree(replay, x, None, 1.0, "none")
+    ((*_, pieces, _, _, _),) = launches(replay, x, None, 1.0, "none")[1]
+    begin, end = made[-1].data_ptr(), made[-1].data_ptr() + made[-1].nbytes
+    for pointer, size in zip(pieces[:3], (8, 8, 3), strict=True):
+        assert begin <= pointer <= end - 4 * size
 
 
 @jitted
@@ -382,6 +418,32 @@ def test_the_stream_is_the_current_one() -> None:
     with patch.object(driver.active, "get_current_stream", lambda _: 7):
         ((_, *launched),) = launches(replay, x, None, 1.0, "none")[1]
     assert launched[3] == 7
+
+
+def test_a_plan_enters_the_device_of_its_tensors(monkeypatch) -> None:
+    device = [0]
+
+    @contextlib.contextmanager
+    def on(index: int):
+        device.append(index)
+        yield
+        device.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device[-1])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(
+        _plan,
+        "driver",
+        SimpleNamespace(
+            active=SimpleNamespace(get_current_stream=lambda index: (index, device[-1]))
+        ),
+    )
+    for index in (0, 1):
+        text = _plan._Text(torch.device("cuda", index), 1)
+        text.lines.append("return stream, p0, args")
+        run, _ = text.compiled()
+        assert run([64], ("none",)) == ((index, index), 64, ("none",))
+        assert device == [0]
 
 
 @jitted
