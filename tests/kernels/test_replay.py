@@ -9,14 +9,13 @@ import functools
 import importlib
 import itertools
 import pkgutil
-import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -39,25 +38,6 @@ from vertebra.testing.contract import leaves_of
 
 LAUNCHED: list[tuple[Any, ...]] = []
 """What binaries were entered with, themselves first."""
-
-
-def jitted(test):
-    """Run a test in a fresh process, where kernels go through Triton's JIT."""
-
-    @functools.wraps(test)
-    def elsewhere() -> None:
-        path = [str(Path(__file__).parent), *sys.path]
-        code = f"import {Path(__file__).stem} as t; t.prepare(); t.{test.__name__}.__wrapped__()"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(path), "TRITON_INTERPRET": "0"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-
-    return elsewhere
 
 
 class Binary(CompiledKernel):
@@ -147,7 +127,7 @@ def spied(case: Case, inputs, seen: list) -> None:
             y.backward(inputs["dy"])
 
 
-@jitted
+@pytest.mark.jitted
 def test_declared_cases_are_replayed_as_they_are_launched() -> None:
     for case in [*cases("compile"), *cases("test")[::11]]:  # all of them are many minutes
         inputs = case.inputs("cpu")
@@ -164,7 +144,7 @@ def test_declared_cases_are_replayed_as_they_are_launched() -> None:
         assert [type(plan) for plan in _plans()] == [Plan, Plan], case
 
 
-@jitted
+@pytest.mark.jitted
 def test_without_gradients_the_whole_op_is_replayed() -> None:
     for case in cases("compile")[::2]:
         inputs = case.inputs("cpu")
@@ -210,7 +190,7 @@ def agree(replay: Replay, *args: Any, times: int = 3) -> None:
         assert_same(ordinary, (args, *launches(replay, *args)))
 
 
-@jitted
+@pytest.mark.jitted
 def test_whatever_a_binary_depends_on_is_told_apart() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     memory = torch.zeros(4096)
@@ -236,7 +216,7 @@ def test_whatever_a_binary_depends_on_is_told_apart() -> None:
     assert len(replay.plans) == len(variants)
 
 
-@jitted
+@pytest.mark.jitted
 def test_floats_are_handed_on_not_kept() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
@@ -252,7 +232,7 @@ def _odd_kernel(y_ptr, some, more, n, WHAT: tl.constexpr, HOW: tl.constexpr, KIN
     tl.store(y_ptr, 0)
 
 
-@jitted
+@pytest.mark.jitted
 def test_every_kind_of_argument_is_handed_on() -> None:
     def odd(x: Tensor, first: float, last: float, name: str) -> Tensor:
         y, scratch = torch.empty_like(x), x.new_empty(2, 5)
@@ -267,7 +247,7 @@ def test_every_kind_of_argument_is_handed_on() -> None:
     assert [type(plan) for plan in replay.plans] == [Plan]
 
 
-@jitted
+@pytest.mark.jitted
 def test_floats_that_decide_belong_to_the_signature() -> None:
     def inverse(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x, bias, 1 / factor, name)
@@ -284,7 +264,7 @@ def test_floats_that_decide_belong_to_the_signature() -> None:
         assert [type(plan) for plan in replay.plans] == [Plan, Plan]
 
 
-@jitted
+@pytest.mark.jitted
 def test_what_computes_besides_is_not_replayed() -> None:
     def doubled(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x * 2, bias, factor, name)
@@ -297,7 +277,7 @@ def test_what_computes_besides_is_not_replayed() -> None:
     assert not any(isinstance(plan, Plan) for plan in replay.plans)
 
 
-@jitted
+@pytest.mark.jitted
 def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     x, other = torch.zeros(64), torch.zeros(64)
@@ -307,7 +287,7 @@ def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
     agree(replay, x, other, 1.0, "none")
 
 
-@jitted
+@pytest.mark.jitted
 def test_views_of_arguments_move_with_them() -> None:
     def second_half(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x[32:], bias, factor, name)
@@ -320,7 +300,7 @@ def test_views_of_arguments_move_with_them() -> None:
     assert [type(plan) for plan in replay.plans] == [Plan]
 
 
-@jitted
+@pytest.mark.jitted
 def test_scratch_holds_what_lies_in_it() -> None:
     made: list[Tensor] = []
     allocate = _plan._ALLOCATE["cpu"]
@@ -333,7 +313,7 @@ def test_scratch_holds_what_lies_in_it() -> None:
         assert begin <= pointer <= end - 4 * size
 
 
-@jitted
+@pytest.mark.jitted
 def test_signatures_are_bounded_and_forgotten() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     with patch.object(_signature, "MAX_SIGNATURES", 4):
@@ -344,7 +324,7 @@ def test_signatures_are_bounded_and_forgotten() -> None:
     assert not replay.plans
 
 
-@jitted
+@pytest.mark.jitted
 def test_who_watches_launches_sees_them() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
@@ -368,7 +348,7 @@ def test_who_watches_launches_sees_them() -> None:
     assert len(seen) == 1
 
 
-@jitted
+@pytest.mark.jitted
 def test_what_pytorch_does_not_just_run_is_not_replayed() -> None:
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -410,7 +390,7 @@ def test_what_pytorch_does_not_just_run_is_not_replayed() -> None:
     assert [type(plan) for plan in replay.plans] == [Plan] * 4
 
 
-@jitted
+@pytest.mark.jitted
 def test_the_stream_is_the_current_one() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
@@ -446,7 +426,7 @@ def test_a_plan_enters_the_device_of_its_tensors(monkeypatch) -> None:
         assert device == [0]
 
 
-@jitted
+@pytest.mark.jitted
 def test_the_launcher_is_seen_through() -> None:
     """The function in C gets from a plan what Triton's launcher would hand on to it."""
 
@@ -485,7 +465,14 @@ def test_the_launcher_is_seen_through() -> None:
     assert allocated == [512] * 4
 
 
-@jitted
+@pytest.mark.jitted
+def test_recording_does_not_wait_for_dynamo() -> None:
+    replay = Replay(scale, _op.is_plain, _op._watching)
+    agree(replay, torch.zeros(64), None, 1.0, "none")
+    assert "torch._dynamo.convert_frame" not in sys.modules
+
+
+@pytest.mark.jitted
 def test_outputs_without_elements_are_allocated_once() -> None:
     def with_nothing(x: Tensor, bias: Tensor | None, factor: float, name: str):
         nothing, y, more = x.new_empty(0), scale(x, bias, factor, name), x.new_empty(2, 0)
@@ -499,7 +486,7 @@ def test_outputs_without_elements_are_allocated_once() -> None:
     assert [a is b for a, b in zip(first, second, strict=True)] == [True, False, True]
 
 
-@jitted
+@pytest.mark.jitted
 def test_threads_do_not_share_a_call() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     wrong: list[int] = []

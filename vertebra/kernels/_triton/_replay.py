@@ -207,6 +207,10 @@ class _Watch(TorchDispatchMode):
         super().__exit__(*exc)
         self._watching.depth -= 1
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or PyTorch would import Dynamo to keep it out, which takes a second
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
