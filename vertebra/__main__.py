@@ -12,14 +12,22 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}; the command line needs: pip install 'vertebra[bench]'") from None
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="CNN backbones, made fast.")
+from ._cli import predict
+from ._cli._app import Commands
+
+app = typer.Typer(cls=Commands, add_completion=False)
 bench = typer.Typer(help="Check every answer, then measure: eager, torch.compile, timm, vertebra.")
 app.add_typer(bench, name="bench")
 
 
-@app.callback()
-def _root() -> None:  # pyright: ignore[reportUnusedFunction]
-    """CNN backbones in PyTorch, made fast by Triton kernels."""
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:  # pyright: ignore[reportUnusedFunction]
+    """Vision backbones in PyTorch, made fast by Triton kernels."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command()(predict.predict)
 
 
 @bench.callback(invoke_without_command=True)

@@ -1,0 +1,89 @@
+"""What the commands share: errors of one line, consoles, a choice of device and type."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Commands(TyperGroup):
+    """Commands that say in one line what is wrong with their arguments, and exit with 2."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command and exit."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except typer.Abort:
+            sys.exit(130)
+        except Exception as error:  # typer exports no class that all of its errors are of
+            message = getattr(error, "format_message", None)
+            if message is None:
+                raise
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "vertebra"
+            text = " ".join(message().removeprefix("Invalid value: ").split())
+            sys.stderr.write(f"{command}: {text}\n")
+            sys.exit(getattr(error, "exit_code", 2))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def refusing() -> Generator[None]:
+    """Make what the library says of wrong arguments an error of the command line."""
+    try:
+        yield
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        raise typer.BadParameter(str(message)) from None
+
+
+def console(width: int = 100) -> Console:
+    """Return the console for a command's output, of a fixed width where nobody looks."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+
+def messages() -> Console:
+    """Return the console for what is not output: warnings, progress."""
+    return Console(stderr=True, highlight=False)
+
+
+class Dtype(str, Enum):
+    """A type of numbers, by the name it has on the command line."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+    def of_torch(self) -> torch.dtype:
+        """Return what torch calls it."""
+        import torch
+
+        names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return names[self.value]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of that name; the GPU, if there is one, where none is named."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(
+            f"device {name!r} cannot be used here: {reason} (`vertebra env` says what can)"
+        ) from None
+    return device
