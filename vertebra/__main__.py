@@ -12,77 +12,15 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}; the command line needs: pip install 'vertebra[bench]'") from None
 
+from .bench.cli import bench
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="CNN backbones, made fast.")
-bench = typer.Typer(help="Check every answer, then measure: eager, torch.compile, timm, vertebra.")
 app.add_typer(bench, name="bench")
 
 
 @app.callback()
 def _root() -> None:  # pyright: ignore[reportUnusedFunction]
     """CNN backbones in PyTorch, made fast by Triton kernels."""
-
-
-@bench.callback(invoke_without_command=True)
-def main_job(
-    context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="A name that torchvision or timm has too.")
-    ] = "resnet50",
-    batch: Annotated[int | None, typer.Option(help="Images per call [256; CPU: 4].")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels per side [224].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [bf16; CPU: fp32].")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu [cuda if there is one].")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Samples per provider [20; CPU: 10].")] = None,
-    providers: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
-    quick: Annotated[bool, typer.Option(help="Three rounds, nothing compiled.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for JSON and chart.")] = Path("bench/out"),
-) -> None:
-    """Build a model here, load a peer's weights, check the answers, compare the speed."""
-    if context.invoked_subcommand is not None:
-        return
-    from .bench import main_job as job
-
-    try:
-        settings = job.Settings.choose(
-            model,
-            batch=batch,
-            image_size=image_size,
-            dtype=dtype,
-            device=device,
-            rounds=rounds,
-            providers=None if providers is None else providers.split(","),
-            quick=quick,
-        )
-        report = job.run(settings, out, Console(width=None if sys.stdout.isatty() else 100))
-    except (ValueError, KeyError) as error:
-        raise typer.BadParameter(str(error)) from None
-    raise typer.Exit(int(report.failed))
-
-
-@bench.command()
-def traffic() -> None:
-    """Print the bytes every op moves, beside what eager PyTorch has to move; needs no GPU."""
-    from .bench.traffic import show
-
-    show(Console(width=None if sys.stdout.isatty() else 120))
-
-
-@bench.command()
-def overhead(
-    rounds: Annotated[int, typer.Option(help="Samples per op, mode and provider.")] = 200,
-    json: Annotated[Path | None, typer.Option(help="Also write what was measured there.")] = None,
-) -> None:
-    """Time what a call of each op costs the host, with a GPU or without."""
-    from .bench import overhead
-
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    try:
-        report = overhead.measure(rounds, say=Console(stderr=True).print)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    overhead.show(report, console)
-    if json is not None:
-        report.save(json)
 
 
 @app.command()
