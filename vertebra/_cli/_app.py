@@ -1,4 +1,4 @@
-"""What the commands share: errors of one line, consoles, a choice of device and type."""
+"""What the commands share: errors of one line, a choice of device and type."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
@@ -45,16 +44,6 @@ def refusing() -> Generator[None]:
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         raise typer.BadParameter(str(message)) from None
-
-
-def console(width: int = 100) -> Console:
-    """Return the console for a command's output, of a fixed width where nobody looks."""
-    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
-
-
-def messages() -> Console:
-    """Return the console for what is not output: warnings, progress."""
-    return Console(stderr=True, highlight=False)
 
 
 class Dtype(str, Enum):

@@ -15,7 +15,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ._app import Dtype, choose_device, console, messages, refusing
+from ..bench.cli import console, log
+from ._app import Dtype, choose_device, refusing
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +152,7 @@ def _recognise(state: dict[str, torch.Tensor]) -> str:
     from ..models import create_model
     from ..models._fitting import fitting_models
 
-    with messages().status("Looking for the model that these weights are for"):
+    with log().status("Looking for the model that these weights are for"):
         names = fitting_models(state)
         import torch
 
@@ -227,7 +228,7 @@ class Seen(NamedTuple):
 
 def _seen_in(predictor: Predictor, images: Sequence[Path], top: int) -> Iterator[Seen]:
     """Yield what is seen in each image, which the network is given in batches."""
-    with Progress(console=messages(), transient=True, disable=len(images) <= _BATCH) as progress:
+    with Progress(console=log(), transient=True, disable=len(images) <= _BATCH) as progress:
         task = progress.add_task("", total=len(images))
         for start in range(0, len(images), _BATCH):
             paths = images[start : start + _BATCH]
@@ -269,7 +270,7 @@ def _warn_of_random_weights(name: str) -> None:
     from ..models._pretrained import weights_of
 
     fetch = "--weights DEFAULT fetches torchvision's, " if weights_of(name) else ""
-    messages().print(
+    log().print(
         f"[yellow]{name} has random weights here, and its answers mean nothing:[/] "
         f"{fetch}--weights FILE reads yours.",
         soft_wrap=True,
@@ -288,7 +289,7 @@ def _show_header(predictor: Predictor) -> None:
     grid = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         grid.add_row(Text(name, "dim"), value)
-    console().print(grid)
+    console(100).print(grid)
 
 
 def _describe(transform: ImageTransform) -> str:
@@ -301,7 +302,7 @@ def _describe(transform: ImageTransform) -> str:
 
 
 def _show(seen: Seen) -> None:
-    out = console()
+    out = console(100)
     out.print()
     out.print(
         f"[bold]{escape(str(seen.path))}[/]  [dim]{seen.width} x {seen.height}[/]", soft_wrap=True

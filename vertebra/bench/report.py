@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from .ceilings import Ceilings
 from .results import Comparison, Report, Row, quartiles
 
 _OURS, _PEERS = "#1f77b4", "#a6a6a6"
@@ -126,6 +127,18 @@ def show_kernels(report: Report, console: Console) -> None:
         times = [cells[name][0] if name in cells else "" for name in providers]
         facts = [comparison.facts[key] for key in ("case", "direction", "path")]
         table.add_row(*facts, *times, rate, share, speedup)
+    console.print(table)
+
+
+def show_ceilings(ceilings: Ceilings, console: Console) -> None:
+    """Print the rates of a machine."""
+    table = plain_table("Ceilings measured here", "what")
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_row("copy, read and written", f"{ceilings.copy_bytes_per_s / 1e9:,.0f} GB/s")
+    for name, rate in ceilings.matmul_flops_per_s.items():
+        table.add_row(f"matrix product, {name}", f"{rate / 1e12:,.3g} TFLOP/s")
+    fma = f"{ceilings.fma_flops_per_s / 1e12:,.3g} TFLOP/s"
+    table.add_row("multiply-adds outside of tensor cores, fp32", fma)
     console.print(table)
 
 
