@@ -148,21 +148,13 @@ _USUAL = "ImageNet's usual crop"
 
 
 def _recognise(state: dict[str, torch.Tensor]) -> str:
-    """Return the only network that weights fit; networks of one config are one."""
-    from ..models import create_model
-    from ..models._fitting import fitting_models
+    from ..models._fitting import recognise_model
 
     with log().status("Looking for the model that these weights are for"):
-        names = fitting_models(state)
-        import torch
-
-        with torch.device("meta"):
-            configs = [create_model(name).config for name in names]
-    if not names:
-        raise ValueError("these weights fit no model of `vertebra list`")
-    if any(config != configs[0] for config in configs):
-        raise ValueError(f"these weights fit {', '.join(names)}; say which with --model")
-    return names[0]
+        try:
+            return recognise_model(state)
+        except ValueError as error:
+            raise ValueError(f"{error}; name it with --model") from None
 
 
 def _check_sizes(name: str, state: dict[str, torch.Tensor], card: Card) -> Any:

@@ -114,6 +114,8 @@ def _of_config(card: Card, config: Mapping[str, Any], where: str) -> Card:
     options = dict(config.get("model_args") or {})
     for name in ("num_classes", "in_chans", "img_size"):  # which the weights themselves say
         options.pop(name, None)
+    if str(config.get("model_type")).startswith("convnext") and "layer_norm_eps" in config:
+        options["head_norm_eps"] = config["layer_norm_eps"]
     return card._replace(model=config.get("architecture"), options=options)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -50,6 +51,30 @@ def fitting_models(weights: Mapping[str, Tensor]) -> list[str]:
         for name in list_models()  # of one family: to build all takes long
         if family_of(name) in (best, None) and sizes_of(name, weights) is not None
     ]
+
+
+def recognise_model(weights: Mapping[str, Tensor]) -> str:
+    """Return the model that weights are for, where they can be for no other.
+
+    Raises:
+        ValueError: they fit none, or several that compute different things.
+    """
+    names = fitting_models(weights)
+    if not names:
+        raise ValueError("these weights fit no model of list_models()")
+    with torch.device("meta"):
+        configs: list[Any] = [create_model(name).config for name in names]
+    if any(_what_runs(config) != _what_runs(configs[0]) for config in configs):
+        raise ValueError(f"these weights fit {', '.join(names)}, which differ in more than weights")
+    return names[0]
+
+
+def _what_runs(config: Any) -> dict[str, Any]:
+    """Return the options of a network but those that its weights make up for."""
+    return {key: value for key, value in asdict(config).items() if key not in _MADE_UP_FOR}
+
+
+_MADE_UP_FOR = ("init", "zero_init_residual", "head_init_scale", "group_min_ratio")
 
 
 def reshape(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
