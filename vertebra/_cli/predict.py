@@ -302,13 +302,11 @@ def _show(seen: Seen) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(justify="right")
     grid.add_column(width=_BAR)
-    grid.add_column(overflow="fold")
-    grid.add_column(justify="right", style="dim")
     for guess in seen.top:
         bar = Bar(1.0, 0.0, guess.probability, width=_BAR, color="green")
-        label = guess.label if guess.label is not None else f"class {guess.index}"
-        index = str(guess.index) if guess.label is not None else ""
-        grid.add_row(f"{guess.probability:7.2%}", bar, Text(label), index)
+        number = Text(f"class {guess.index}", "dim")
+        words = [number] if guess.label is None else [Text(guess.label), number]
+        grid.add_row(f"{guess.probability:7.2%}", bar, *words)
     out.print(grid)
 
 

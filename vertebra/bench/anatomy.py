@@ -61,8 +61,7 @@ class Conv:
         """Elements of the input that are used: a strided 1x1 passes over most pixels."""
         channels, *size = self.x_shape
         used = [
-            min(n, out * k)
-            for n, out, k in zip(size, self.y_shape[1:], self.kernel, strict=True)
+            min(n, out * k) for n, out, k in zip(size, self.y_shape[1:], self.kernel, strict=True)
         ]
         return channels * prod(used)
 

@@ -94,12 +94,22 @@ def _read_header(path: Path) -> dict[str, Any]:
             header: dict[str, str] = file.metadata() or {}
     except SafetensorError:
         return {}  # reading the weights will say so
-    known = ("architecture", "pretrained_cfg", "model_args", *_LABELS)
-    found = {key: value for key, value in header.items() if key in known}
-    return {key: v if key == "architecture" else json.loads(v) for key, v in found.items()}
+    found: dict[str, Any] = {}
+    for key, value in header.items():
+        if key == "architecture":
+            found[key] = value
+        elif key in _ENTRIES:
+            try:
+                found[key] = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"{key} in the header of {path} must be JSON: {error}") from None
+    return found
 
 
-_LABELS = ("id2label", "label_names", "labels", "label_descriptions")
+_ENTRIES = (
+    *("pretrained_cfg", "model_args"),
+    *("id2label", "label_names", "labels", "label_descriptions"),
+)
 
 
 def _of_config(card: Card, config: Mapping[str, Any], where: str) -> Card:

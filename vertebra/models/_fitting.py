@@ -45,7 +45,10 @@ def sizes_of(name: str, weights: Mapping[str, Tensor], **options: Any) -> Sizes 
 
 def fitting_models(weights: Mapping[str, Tensor]) -> list[str]:
     """Return the models that have these weights, but for image channels and classes."""
-    best = max(_SMALLEST, key=lambda family: _known(_SMALLEST[family], weights))
+    known = {family: _known(name, weights) for family, name in _SMALLEST.items()}
+    best = max(known, key=lambda family: known[family])
+    if known[best] == 0:
+        return []
     return [
         name
         for name in list_models()  # of one family: to build all takes long
