@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vertebra
 from vertebra.bench import peers, photos
+from vertebra.models import _fitting
 from vertebra.testing.parity import randomize
 
 TINY = {"layers": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8}
@@ -371,7 +372,9 @@ def test_wrong_labels(file, content, said, folder, photographs, refused, tmp_pat
     assert said in refused("predict", photographs[0], *args)
 
 
-def test_weights_that_cannot_predict(photographs, refused, tmp_path) -> None:
+def test_weights_that_cannot_predict(photographs, refused, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_fitting, "list_models", lambda: ["resnet10t"])
+
     def line(model: nn.Module, **config: Any) -> str:
         return refused("predict", photographs[0], "--weights", put(tmp_path / "w", model, **config))
 
@@ -384,8 +387,6 @@ def test_weights_that_cannot_predict(photographs, refused, tmp_path) -> None:
 
 
 def test_weights_of_another_model(photographs, refused, tmp_path, monkeypatch) -> None:
-    from vertebra.models import _fitting
-
     monkeypatch.setattr(_fitting, "list_models", lambda: ["resnet10t", "resnet14t"])
     weights = tmp_path / "w.pth"
     torch.save(randomize(vertebra.create_model("resnet10t")).state_dict(), weights)
@@ -393,7 +394,8 @@ def test_weights_of_another_model(photographs, refused, tmp_path, monkeypatch) -
     assert line.endswith("w.pth does not fit resnet14t; it fits resnet10t")
 
 
-def test_weights_of_several_models(photographs, refused, tmp_path) -> None:
+def test_weights_of_several_models(photographs, refused, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_fitting, "list_models", lambda: ["resnet18", "resnet34", "resnetblur18"])
     torch.save(randomize(vertebra.create_model("resnet18")).state_dict(), tmp_path / "w.pth")
     line = refused("predict", photographs[0], "--weights", tmp_path / "w.pth")
     assert "fit resnet18, resnetblur18" in line

@@ -65,7 +65,7 @@ def predict(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and images.")] = Dtype.fp32,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and images.")] = Dtype.FP32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in photographs: the likeliest classes, with their probabilities.
@@ -112,7 +112,7 @@ class Predictor:
     labels: tuple[str, ...] | None
     labels_from: str
     place: torch.device | None = None
-    dtype: Dtype = Dtype.fp32
+    dtype: Dtype = Dtype.FP32
 
 
 def prepare(model: str | None, weights: str | None, labels: Path | None) -> Predictor:
