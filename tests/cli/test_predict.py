@@ -230,6 +230,24 @@ def test_many_images_are_many_batches(folder, photographs, read, monkeypatch) ->
         assert [g["index"] for g in image["top"]] == [g["index"] for g in alone["top"]]
 
 
+@pytest.mark.parametrize(
+    ("args", "sizes"),
+    [
+        (["--size", "112"], (112, 128)),
+        (["--size", "64", "--resize", "64"], (64, 64)),
+        (["--resize", "300"], (224, 300)),
+    ],
+)
+def test_images_of_another_size(args, sizes, photographs, read, tmp_path) -> None:
+    model = tiny()
+    folder = put(tmp_path / "w", model)
+    report = read("predict", *photographs, "--weights", folder, *args)
+    transform = vertebra.models.ImageTransform(*sizes)
+    with torch.no_grad():
+        assert_predicts(report, model(torch.stack([transform(p) for p in opened(photographs)])))
+    assert report["transform"]["from"] == "--size, --resize"
+
+
 def test_low_precision(folder, photographs, read) -> None:
     exact, rounded = (
         read("predict", *photographs, "--weights", folder, "--dtype", dtype)
@@ -332,6 +350,7 @@ def test_without_torchvision_classes_are_numbers(photographs, read, run, tmp_pat
         (["--weights", "ResNet50_Weights.V9"], "there are no weights 'ResNet50_Weights.V9'"),
         (["--weights", "{}", "--labels", "nowhere.txt"], "file 'nowhere.txt' does not exist"),
         (["--top", "0"], "--top"),
+        (["--resize", "200"], "a crop of 224 pixels has no place in an image whose short side"),
         (["--dtype", "int8"], "--dtype"),
         (["--device", "gpu"], "device must be like cpu, cuda or cuda:1; got 'gpu'"),
     ],
@@ -407,4 +426,6 @@ def test_an_answer_that_is_no_number(photographs, refused, tmp_path) -> None:
     nn.init.constant_(model.get_classifier().weight, 1e30)
     folder = put(tmp_path / "w", model)
     line = refused("predict", photographs[0], "--weights", folder, "--dtype", "fp16", "--json")
-    assert line.endswith("china.png: the network's answer in fp16 is not finite; try --dtype fp32")
+    assert line.endswith(
+        "china.png: the network's answer in torch.float16 is not finite; try --dtype fp32"
+    )
