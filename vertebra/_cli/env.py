@@ -91,9 +91,8 @@ _PACKAGES = ("torch", "triton", "torchvision", "timm", "transformers", "numpy")
 
 
 def _show(report: dict[str, Any], ceilings: Ceilings | None, out: Console) -> None:
-    out.print(_versions(report))
-    out.print(_ways(report["ways"]))
-    out.print(*_ops(report["ops"]), sep="\n")
+    out.print(_versions(report), "", _ways(report["ways"]), *_ops(report["ops"]), sep="\n")
+    out.print()
     if ceilings is not None:
         show_ceilings(ceilings, out)
     elif report["ceilings"] is not None:
@@ -105,7 +104,7 @@ def _versions(report: dict[str, Any]) -> Table:
     commit = f", commit {found['commit'][:12]}" if found["commit"] else ""
     rows = {
         "vertebra": f"[bold]{found['vertebra']}[/]{commit}",
-        "python": f"{found['python']} on {found['system']}",
+        "python": f"{found['python']} on {platform.system()}, {platform.machine()}",
         **{name: found[name] or "[dim]not installed[/]" for name in _PACKAGES},
     }
     for i, gpu in enumerate(report["gpus"]):
