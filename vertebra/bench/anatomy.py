@@ -197,7 +197,7 @@ class _Knife:
         self._downsamples = {
             self._names[stage.downsample]
             for stage in network.modules()
-            if isinstance(stage, ConvNeXtStage)
+            if isinstance(stage, ConvNeXtStage) and isinstance(stage.downsample, nn.Sequential)
         }
         self._gates = [name for m, name in self._names.items() if isinstance(m, _GATES)]
         self.parts: list[Part] = []
