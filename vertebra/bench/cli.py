@@ -6,13 +6,49 @@ Heavy modules are imported by the command that needs them, so that `--help` is q
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from .results import Report
+    from .session import Task
+    from .settings import Settings
+
 bench = typer.Typer(help="Check every answer, then measure: eager, torch.compile, timm, vertebra.")
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as a shell has it."""
+
+# options that several commands have
+Device = Annotated[str | None, typer.Option(help="cuda or cpu (cuda if there is one).")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (bf16; on a CPU fp32).")]
+Batch = Annotated[str | None, typer.Option(help="Images per call, or several: 1,8,64.")]
+Layout = Annotated[str | None, typer.Option(help="nchw, nhwc or both (both).")]
+Rounds = Annotated[int | None, typer.Option(help="Samples per provider (10; on a CPU 5).")]
+Providers = Annotated[
+    str | None, typer.Option(help="Comma-separated; a wrong one lists them (what suits here).")
+]
+Filter = Annotated[str, typer.Option(help="Only what has this in its name.")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels per side (224).")]
+Sweep = Annotated[
+    str | None, typer.Option(help="'batch': 1, 2, 4 (on a GPU 4, 16) ... up to --batch.")
+]
+Tiny = Annotated[bool, typer.Option("--tiny", help="Small sizes: does everything work?")]
+Minutes = Annotated[float | None, typer.Option(help="Begin nothing after so long (no limit).")]
+Patience = Annotated[
+    float | None, typer.Option(help="Seconds for a first answer, compilation included (300).")
+]
+Json = Annotated[
+    Path | None, typer.Option(help="Where results are kept as they come (bench/out/COMMAND.json).")
+]
+Csv = Annotated[Path | None, typer.Option(help="Also write a table, for models in timm's columns.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw a chart: .png, .svg, .pdf.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the file of --json.")]
 
 
 def console(width: int = 140) -> Console:
@@ -25,55 +61,197 @@ def log() -> Console:
     return Console(stderr=True)
 
 
+def usage_error(error: Exception) -> typer.BadParameter:
+    """Return what makes one clear line of an error in what was asked for."""
+    return typer.BadParameter(str(error.args[0] if isinstance(error, KeyError) else error))
+
+
+def _split(value: str | None) -> list[str]:
+    return [part.strip() for part in value.split(",")] if value else []
+
+
+def _numbers(value: str | None) -> list[int]:
+    try:
+        return [int(part) for part in _split(value)]
+    except ValueError:
+        raise ValueError(f"batch must be a number, or several: 1,8,64; got {value!r}") from None
+
+
 @bench.callback(invoke_without_command=True)
 def main_job(
     context: typer.Context,
     model: Annotated[
         str, typer.Option(help="A name that torchvision or timm has too.")
     ] = "resnet50",
-    batch: Annotated[int | None, typer.Option(help="Images per call (256; CPU: 4).")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels per side (224).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (bf16; CPU: fp32).")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu (cuda if there is one).")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Samples per provider (20; CPU: 10).")] = None,
-    providers: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
-    quick: Annotated[bool, typer.Option(help="Three rounds, nothing compiled.")] = False,
+    batch: Annotated[int | None, typer.Option(help="Images per call (256; on a CPU 4).")] = None,
+    image_size: ImageSize = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Samples per provider (20; on a CPU 10).")
+    ] = None,
+    providers: Providers = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three rounds, nothing compiled.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for JSON and chart.")] = Path("bench/out"),
 ) -> None:
-    """Build a model here, load a peer's weights, check the answers, compare the speed."""
+    """Check one model here against its peers, then time inference and training.
+
+    Without a command: build a model here, load a peer's weights, check the answers, compare.
+    """
     if context.invoked_subcommand is not None:
         return
     from . import main_job as job
 
     try:
-        settings = job.Settings.choose(
-            model,
+        settings = job.choose(
             batch=batch,
             image_size=image_size,
             dtype=dtype,
             device=device,
             rounds=rounds,
-            providers=None if providers is None else providers.split(","),
+            providers=_split(providers),
             quick=quick,
         )
-        report = job.run(settings, out, console(100))
+        report = job.run(model, settings, out, console(120))
     except (ValueError, KeyError) as error:
-        raise typer.BadParameter(str(error)) from None
-    raise typer.Exit(int(report.failed))
+        raise usage_error(error) from None
+    leave(report)
 
 
 @bench.command()
-def ceilings(
-    device: Annotated[str | None, typer.Option(help="cuda or cpu (cuda if there is one).")] = None,
+def kernels(
+    context: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(help="Ops (all).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch: Batch = None,
+    layout: Layout = None,
+    providers: Providers = None,
+    filter: Filter = "",
+    rounds: Rounds = None,
+    sweep: Sweep = None,
+    tiny: Tiny = False,
+    minutes: Minutes = None,
+    patience: Patience = None,
+    json: Json = None,
+    csv: Csv = None,
+    plot: Plot = None,
+    resume: Resume = False,
 ) -> None:
+    """Time the ops on maps of real models, forward and backward, beside eager and torch.compile.
+
+    On a CPU, one map of each op and layout, unless --filter asks for others.
+    """
+    from .kernels import PROVIDERS, tasks
+
+    _measure("kernels", context.params, PROVIDERS, tasks)
+
+
+def _models(
+    context: typer.Context,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Any of `vertebra list` (some of each family).")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch: Batch = None,
+    image_size: ImageSize = None,
+    layout: Layout = None,
+    providers: Providers = None,
+    filter: Filter = "",
+    rounds: Rounds = None,
+    sweep: Sweep = None,
+    tiny: Tiny = False,
+    minutes: Minutes = None,
+    patience: Patience = None,
+    json: Json = None,
+    csv: Csv = None,
+    plot: Plot = None,
+    resume: Resume = False,
+) -> None:
+    from .models import tasks
+    from .workload import VARIANTS
+
+    kind = str(context.info_name)
+    mode = "forward" if kind == "models" else "sgd"
+    _measure(kind, context.params, VARIANTS, partial(tasks, mode=mode))
+
+
+bench.command(
+    "models", help="Time inference of whole models beside torchvision's, timm's, transformers'."
+)(_models)
+bench.command(
+    "train", help="Time training steps, forward, backward and SGD, and weigh what they save."
+)(_models)
+
+
+def _measure(
+    kind: str,
+    options: dict[str, Any],
+    known: Collection[str],
+    tasks: Callable[[Sequence[str], Settings], list[Task]],
+) -> None:
+    """Run what the options of a command ask for, show it and write it, and leave."""
+    from . import charts, report, tables
+    from .session import Session
+    from .settings import Settings
+
+    try:
+        settings = Settings.choose(
+            device=options["device"],
+            dtype=options["dtype"],
+            batches=_numbers(options["batch"]),
+            sweep=options["sweep"],
+            own_batches=kind == "kernels",
+            image_size=options.get("image_size"),
+            rounds=options["rounds"],
+            providers=_split(options["providers"]),
+            layouts=_split(options["layout"]),
+            match=options["filter"],
+            minutes=options["minutes"],
+            first_answer_s=options["patience"],
+            tiny=options["tiny"],
+            known=known,
+        )
+        todo = tasks(options["names"] or [], settings)
+        path = options["json"] or Path(f"bench/out/{kind}.json")
+        session = Session.open(kind, settings, path, resume=options["resume"])
+    except ValueError as error:
+        raise usage_error(error) from None
+    found = session.run(todo)
+    show = report.show_kernels if kind == "kernels" else report.show
+    show(found, console())
+    written = [path]
+    if options["csv"] is not None:
+        tables.write(found, options["csv"])
+        written.append(options["csv"])
+    if options["plot"] is not None:
+        chart = charts.kernels if kind == "kernels" else charts.models
+        chart(found, options["plot"])
+        written.append(options["plot"])
+    console().print(f"written: {', '.join(map(str, written))}", highlight=False)
+    leave(found)
+
+
+def leave(report: Report) -> NoReturn:
+    """Exit with 0, with 1 where an answer was wrong or missing, with 130 after Ctrl-C."""
+    raise typer.Exit(INTERRUPTED if report.interrupted else int(report.failed))
+
+
+@bench.command()
+def ceilings(device: Device = None) -> None:
     """Measure what this machine does at best: a copy, matrix products, multiply-adds."""
     import torch
 
     from .ceilings import measure
     from .report import show_ceilings
+    from .settings import Settings
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    show_ceilings(measure(chosen, say=log().print), console())
+    try:
+        settings = Settings.choose(device=device)
+    except ValueError as error:
+        raise usage_error(error) from None
+    show_ceilings(measure(torch.device(settings.device), say=log().print), console())
 
 
 @bench.command()
@@ -95,7 +273,7 @@ def overhead(
     try:
         report = overhead.measure(rounds, say=log().print)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise usage_error(error) from None
     overhead.show(report, console(100))
     if json is not None:
         report.save(json)

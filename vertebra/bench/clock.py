@@ -18,7 +18,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -83,7 +83,8 @@ class Clock:
         wanted = round(self._target_ms / max(estimate, 1e-3))
         timer.calls = max(self._least, min(self._most, wanted))
         if self._stream is not None and self._short and capturable:
-            return GraphTimer(step, self.device, timer.calls, self._stream)
+            with suppress(RuntimeError):  # it cannot be captured after all
+                return GraphTimer(step, self.device, timer.calls, self._stream)
         return timer
 
 
