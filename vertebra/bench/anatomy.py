@@ -61,8 +61,7 @@ class Conv:
         """Elements of the input that are used: a strided 1x1 passes over most pixels."""
         channels, *size = self.x_shape
         used = [
-            min(n, out * k)
-            for n, out, k in zip(size, self.y_shape[1:], self.kernel, strict=True)
+            min(n, out * k) for n, out, k in zip(size, self.y_shape[1:], self.kernel, strict=True)
         ]
         return channels * prod(used)
 
@@ -273,8 +272,8 @@ def _shortcut_of(block: Any) -> set[nn.Module]:
 def _conv(name: str, module: Any, x: Tensor, y: Tensor) -> Conv:
     if isinstance(module, nn.Linear):
         _, *size, channels = x.shape
-        size = size or [1, 1]
-        return Conv(name, (channels, *size), (module.out_features, *size))
+        H, W = size or (1, 1)
+        return Conv(name, (channels, H, W), (module.out_features, H, W))
     shape: Any = tuple(x.shape[1:])
     out: Any = tuple(y.shape[1:])
     return Conv(name, shape, out, module.kernel_size, module.stride, module.groups)

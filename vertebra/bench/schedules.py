@@ -61,7 +61,7 @@ class Kernel(NamedTuple):
 
 @dataclass
 class Schedule:
-    """All kernels of one pass over a batch, and what the forward pass keeps for the backward one."""
+    """All kernels of one pass over a batch, and the bytes that are kept for the backward pass."""
 
     way: Way
     training: bool
@@ -142,10 +142,14 @@ class _Writer:
 
     def __init__(self, anatomy: Anatomy, schedule: Schedule, rates: Rates) -> None:
         self.s, self.rates = schedule, rates
-        *self.parts, head = anatomy.parts if anatomy.parts[-1].kind == "head" else [
-            *anatomy.parts,
-            Part("head", "head"),
-        ]
+        *self.parts, head = (
+            anatomy.parts
+            if anatomy.parts[-1].kind == "head"
+            else [
+                *anatomy.parts,
+                Part("head", "head"),
+            ]
+        )
         self.head = head
 
     def run(self) -> None:
@@ -372,9 +376,7 @@ class _ConvNeXt(_Writer):
             again = s.batch * fc1.tensor_flops
             s.kernels.append(last._replace(tensor_flops=last.tensor_flops + again))
         depthwise = part.convs[0]
-        s.add(
-            part.name, f"{depthwise.name} backward", 3 * x, x, [depthwise], times=2, weights=3
-        )
+        s.add(part.name, f"{depthwise.name} backward", 3 * x, x, [depthwise], times=2, weights=3)
         s.save(2 * x + kept)
 
     def _keeps(self, fc1: Conv, x: int, hidden: int) -> bool:
