@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from rich.console import Console
+from typer.testing import CliRunner
 
-from vertebra.bench import roofline
+from vertebra.__main__ import app
+from vertebra.bench import floors, roofline
 from vertebra.bench.anatomy import dissect, macs
 from vertebra.bench.roofline import PRESETS, Roofline, draw
 from vertebra.bench.schedules import Rates, construct
@@ -203,11 +206,11 @@ def test_tables_plot_and_json(tmp_path: Path) -> None:
     text = StringIO()
     console = Console(file=text, width=150)
     measured = {part.name: 1e-3 for part in found.anatomy.parts}
-    roofline.show(found, console)
-    roofline.show_parts(found, console, measured)
+    floors.show(found, console)
+    floors.show_parts(found, console, measured)
     assert "layer1.0" in text.getvalue()
     assert "one kernel per convolution" in text.getvalue()
-    roofline.plot(found, tmp_path / "roofline.png", measured)
+    floors.plot(found, tmp_path / "roofline.png", measured)
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
     data = json.loads(json.dumps(found.to_dict()))
     assert data["schedules"]["conv"]["bytes"] == found.schedules["conv"].bytes
@@ -219,3 +222,35 @@ def test_a_single_image_pays_for_weights_and_launches() -> None:
     weights = 2 * sum(c.weight for part in found.anatomy.parts for c in part.all_convs)
     assert conv.bytes > weights
     assert found.latency("conv") == pytest.approx(conv.floor(RATES) + 55e-6)
+
+
+def command(*arguments: str) -> Result:
+    found = CliRunner().invoke(app, ["bench", *arguments, "--floor"], env={"COLUMNS": "160"})
+    return found
+
+
+@pytest.mark.parametrize(("kind", "ways"), [("models", 4), ("train", 5)])
+def test_the_command_needs_no_machine_to_speak_of_another(
+    kind: str, ways: int, tmp_path: Path
+) -> None:
+    data = tmp_path / "floors.json"
+    size = ("--image-size", "64", "--batch", "2,4", "--dtype", "bf16")
+    found = command(kind, "resnet18", *size, "--machine", "h200-bf16", "--json", str(data))
+    assert found.exit_code == 0, found.output
+    assert "4,300 GB/s" in found.output
+    content = json.loads(data.read_text())["rooflines"]
+    assert [(r["batch"], len(r["schedules"])) for r in content] == [(2, ways), (4, ways)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("resnet1",), "did you mean resnet18"),
+        (("resnet18", "--machine", "abacus"), "machines are h200-bf16"),
+        (("resnet18", "--bandwidth", "-1"), "rates must be positive"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_a_line(arguments: tuple[str, ...], says: str) -> None:
+    found = command("models", *arguments)
+    assert found.exit_code == 2
+    assert says in found.output

@@ -1,9 +1,7 @@
 """The roofline: what a network costs at least, part by part, in the ways it may be scheduled.
 
-    vertebra bench models resnet50 --floor
-
 `anatomy` finds the convolutions and their maps, `tracing` what runs today, `schedules` what could;
-here the three meet a machine's rates: tables, a plot, and the measured time beside the floor.
+here the three meet a machine's rates, and the time that each part takes on it. `floors` shows them.
 """
 
 from __future__ import annotations
@@ -15,30 +13,26 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .anatomy import Anatomy, dissect, macs
 from .ceilings import Ceilings
-from .report import plain_table
 from .schedules import Kernel, Rates, Schedule, Way, construct
 from .tracing import trace
 
 __all__ = [
     "PRESETS",
+    "WAYS",
     "Roofline",
+    "bound_of",
     "draw",
     "macs",
     "measure_parts",
-    "plot",
     "rates_of",
-    "show",
-    "show_parts",
 ]
 
 PRESETS = {"h200-bf16": Rates(4.3e12, 790e12, 60e12)}
@@ -157,135 +151,10 @@ def draw(
     return Roofline(anatomy, rates, batch, dtype, training, schedules)
 
 
-def show(roofline: Roofline, console: Console) -> None:
-    """Print one line per schedule."""
-    found = roofline
-    kind = "forward and backward" if found.training else "inference"
-    size, dtype = found.anatomy.image_size, str(found.dtype).removeprefix("torch.")
-    title = (
-        f"{found.anatomy.name}: {kind}, {found.batch} x {size} x {size}, {dtype}; "
-        f"{found.anatomy.macs / 1e9:.2f} GMACs, {found.anatomy.params / 1e6:.2f} M parameters"
-    )
-    table = plain_table(title, "schedule")
-    headings = ["kernels", "MB/img", "GFLOP/img", "floor us/img", "img/s", "x eager", "in memory"]
-    headings += ["saved MB/img"] if found.training else ["batch us, launched"]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    eager = found.schedules["eager"].floor(found.rates)
-    for way, s in found.schedules.items():
-        floor = s.floor(found.rates)
-        waits = sum(k.floor(found.rates) for k in s.kernels if _bound(k, found.rates) == "memory")
-        saved = f"{s.saved_bytes / found.batch / 1e6:.1f}" if s.saved_bytes and way != "ops" else ""
-        table.add_row(
-            WAYS[way],
-            str(len(s.kernels)),
-            f"{s.bytes / found.batch / 1e6:.1f}",
-            f"{s.flops / found.batch / 1e9:.1f}",
-            f"{floor / found.batch * 1e6:.4g}",
-            f"{found.batch / floor:,.0f}",
-            f"{eager / floor:.2f}",
-            f"{waits / floor:.0%}",
-            saved if found.training else f"{found.latency(way) * 1e6:,.0f}",
-        )
-    console.print(table)
-    rates = found.rates
-    console.print(
-        f"ceilings: {rates.bytes / 1e9:,.0f} GB/s, {rates.tensor / 1e12:,.3g} TFLOP/s in matrix "
-        f"products, {rates.fma / 1e12:,.3g} TFLOP/s elsewhere",
-        highlight=False,
-    )
-
-
-def show_parts(
-    roofline: Roofline, console: Console, measured: dict[str, float] | None = None
-) -> None:
-    """Print one line per part: bytes and floor in every schedule, and the time measured here."""
-    table = plain_table(f"{roofline.anatomy.name}, part by part, per image", "part")
-    table.add_column("MFLOP", justify="right", no_wrap=True)
-    for way in roofline.schedules:
-        for heading in (f"{way} MB", "us"):
-            table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("bound", no_wrap=True)
-    if measured is not None:
-        for heading in ("measured us", "x floor"):
-            table.add_column(heading, justify="right", no_wrap=True)
-    ways = {way: roofline.parts(way) for way in roofline.schedules}
-    for part, kernels in ways["eager"].items():
-        flops = sum(k.tensor_flops + k.fma_flops for k in kernels)
-        cells = [part, f"{flops / roofline.batch / 1e6:,.0f}"]
-        for found in ways.values():
-            moved = sum(k.bytes for k in found.get(part, []))
-            floor = sum(k.floor(roofline.rates) for k in found.get(part, []))
-            cells += [f"{moved / roofline.batch / 1e6:.2f}", _us(floor / roofline.batch)]
-        bounds = {_bound(kernel, roofline.rates) for kernel in ways["ops"].get(part, [])}
-        cells.append(" ".join(sorted(bounds)))
-        if measured is not None:
-            floor = sum(k.floor(roofline.rates) for k in ways["ops"].get(part, []))
-            spent = measured.get(part, 0.0)
-            cells += [_us(spent / roofline.batch), f"{spent / floor:.2f}" if floor else ""]
-        table.add_row(*cells)
-    console.print(table)
-
-
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:,.3g}" if seconds < 1e-3 else f"{seconds * 1e6:,.0f}"
-
-
-def _bound(kernel: Kernel, rates: Rates) -> str:
+def bound_of(kernel: Kernel, rates: Rates) -> str:
     """Return which resource the kernel waits for."""
     bounds = kernel.bounds(rates)
     return max(bounds, key=bounds.__getitem__)
-
-
-_COLOURS = {"memory": "#4878cf", "tensor": "#e08b3e", "fma": "#6aa56e"}
-_BOUNDS = {"memory": "memory", "tensor": "matrix products", "fma": "other arithmetic"}
-
-
-def plot(roofline: Roofline, path: Path, measured: dict[str, float] | None = None) -> None:
-    """Draw each schedule as a row of bars, a part each, by what its kernels wait for.
-
-    What was measured stands as dots over our own schedule's bars.
-    """
-    from matplotlib.figure import Figure
-
-    ways = list(roofline.schedules)
-    parts = list(roofline.parts("eager"))
-    figure = Figure(figsize=(max(8, 0.34 * len(parts) + 3), 1.9 * len(ways) + 1.2))
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(len(ways), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    per_image = 1e6 / roofline.batch
-    for axis, way in zip(axes, ways, strict=True):
-        bottom = [0.0] * len(parts)
-        found = roofline.parts(way)
-        for bound, colour in _COLOURS.items():
-            heights = [
-                per_image
-                * sum(
-                    k.floor(roofline.rates)
-                    for k in found.get(part, [])
-                    if _bound(k, roofline.rates) == bound
-                )
-                for part in parts
-            ]
-            if any(heights) or way == ways[0]:
-                label = _BOUNDS[bound] if way == ways[0] else None
-                axis.bar(parts, heights, 0.8, bottom, color=colour, label=label)
-            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-        total = roofline.schedules[way].floor(roofline.rates) * per_image
-        axis.set_title(f"{WAYS[way]}: {total:,.4g} us", loc="left", fontsize=10)
-        if measured is not None and way == "ops":
-            times = [per_image * measured.get(part, 0.0) for part in parts]
-            axis.plot(parts, times, "o", color="black", markersize=4, label="measured")
-            axis.legend(frameon=False, fontsize=9)
-        axis.set_ylabel("us / image")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
-    axes[-1].tick_params(axis="x", labelrotation=90)
-    kind = "forward + backward" if roofline.training else "inference"
-    dtype = str(roofline.dtype).removeprefix("torch.")
-    figure.suptitle(f"{roofline.anatomy.name}, {kind}, batch {roofline.batch}, {dtype}: floors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 def measure_parts(
