@@ -19,10 +19,10 @@ bench: $(READY)  ## check every answer, then measure: eager, torch.compile, vert
 	$(BIN)/python -m vertebra bench
 
 test: aot  ## the kernels' compile gate, then the tests and the examples in docstrings
-	$(BIN)/python -m pytest -n auto -m "not thorough" --hypothesis-profile=ci $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not thorough" --hypothesis-profile=ci $(TESTS)
 
 test-all: aot-all  ## the same with nothing left out: slow
-	$(BIN)/python -m pytest -n auto $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 check: $(READY)  ## lint, format, types, and the bans of .pre-commit-config.yaml
 	$(BIN)/ruff check .
