@@ -348,7 +348,7 @@ def test_without_torchvision_classes_are_numbers(photographs, read, run, tmp_pat
         (["--model", "resnet5"], "no model is called 'resnet5'; did you mean resnet50"),
         (["--weights", "nowhere.pth"], "weights: there is no file nowhere.pth"),
         (["--weights", "ResNet50_Weights.V9"], "there are no weights 'ResNet50_Weights.V9'"),
-        (["--weights", "{}", "--labels", "nowhere.txt"], "file 'nowhere.txt' does not exist"),
+        (["--weights", "{}", "--labels", "nowhere.txt"], "labels nowhere.txt: No such file"),
         (["--top", "0"], "--top"),
         (["--resize", "200"], "a crop of 224 pixels has no place in an image whose short side"),
         (["--dtype", "int8"], "--dtype"),

@@ -52,8 +52,6 @@ def predict(
     labels: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
             help="The names of the classes: one a line, or JSON; default: those that the weights "
             "come with, else torchvision's for 1000 classes.",
         ),
