@@ -30,13 +30,17 @@ def shown(run: Result) -> str:
     return "" if chart is None else picture(stem(run), chart.alt)
 
 
+_NO_MAPS = {"affine", "stats", "bias", "conv", "rare"}
+"""Options that are about vectors, or about what other cases have."""
+
+
 def traffic(sources: Sources) -> Chart:
     """Return the bytes that every op moves, and what eager PyTorch has to move."""
     panels: list[Panel] = []
     for i, way in enumerate(("forward", "backward")):
         rows = [
             Row(
-                f"{line.op} {line.options}".strip() if i == 0 else "",
+                " ".join((line.op, *_of_maps(line.options))) if i == 0 else "",
                 [
                     Mark("eager PyTorch, at least", line.eager[i]),
                     Mark("vertebra", line.ours[i]),
@@ -47,6 +51,10 @@ def traffic(sources: Sources) -> Chart:
         panels.append(Panel(way, "maps read and written", rows))
     alt = "Maps that every op reads and writes, forward and backward, beside eager PyTorch"
     return Chart(alt, panels, columns=2)
+
+
+def _of_maps(options: str) -> list[str]:
+    return [option for option in options.split() if option not in _NO_MAPS]
 
 
 def traffic_chart(sources: Sources) -> str:

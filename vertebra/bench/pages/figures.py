@@ -1,4 +1,8 @@
-"""Charts: what is in one is plain data, whose digest its PNGs carry; how it looks is drawn here."""
+"""Charts: plain data, and how it is drawn.
+
+Its PNGs carry a digest of the data and of this file: a chart is in step where that is equal,
+whatever fonts and versions have made of its pixels.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 _KEY = "vertebra:data"
+_HOW = Path(__file__).read_text()
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Chart:
 
     @property
     def digest(self) -> str:
-        """A digest of all that is shown, numbers to six digits."""
-        content = json.dumps(_rounded(asdict(self)), sort_keys=True)
+        """A digest of all that is shown, numbers to six digits, and of how."""
+        content = json.dumps(_rounded(asdict(self)), sort_keys=True) + _HOW
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -123,13 +128,13 @@ def _figure(chart: Chart, theme: _Theme) -> Any:
     figure: Any = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
     axes = figure.subplots(
         *(len(grid), chart.columns),
-        sharex="row" if chart.columns > 1 else "none",
         squeeze=False,
         height_ratios=heights,
     )
     for row, panels in zip(axes, grid, strict=True):
+        end = max(_end(panel) for panel in panels)  # panels side by side have one scale
         for axis, panel in zip(row, panels, strict=False):
-            _panel(axis, panel, chart.bars, theme)
+            _panel(axis, panel, end, chart.bars, theme)
         for axis in row[len(panels) :]:
             axis.remove()
     if not chart.bars:
@@ -147,7 +152,13 @@ def _figure(chart: Chart, theme: _Theme) -> Any:
     return figure
 
 
-def _panel(axis: Any, panel: Panel, bars: bool, theme: _Theme) -> None:
+def _end(panel: Panel) -> float:
+    """Return the largest value of a panel."""
+    values = [mark.high or mark.value for row in panel.rows for mark in row.marks]
+    return max([*values, *panel.lines.values()])
+
+
+def _panel(axis: Any, panel: Panel, end: float, bars: bool, theme: _Theme) -> None:
     places = range(len(panel.rows))
     axis.set_facecolor(theme.background)
     axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=theme.text)
@@ -159,7 +170,7 @@ def _panel(axis: Any, panel: Panel, bars: bool, theme: _Theme) -> None:
     axis.set_axisbelow(True)
     axis.set_ylim(len(panel.rows) - 0.4, -0.6)
     (_draw_bars if bars else _draw_dots)(axis, panel, theme)
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, end * (1.14 if bars else 1.04))
     for name, value in panel.lines.items():
         axis.axvline(value, color=theme.line, linestyle="--", linewidth=1.2, label=name)
 
@@ -169,7 +180,7 @@ def _colour(series: str, theme: _Theme) -> str:
 
 
 def _draw_bars(axis: Any, panel: Panel, theme: _Theme) -> None:
-    end = max(mark.high or mark.value for row in panel.rows for mark in row.marks)
+    end = _end(panel)
     for place, row in enumerate(panel.rows):
         (mark,) = row.marks
         low, high = mark.low or mark.value, mark.high or mark.value
@@ -177,7 +188,6 @@ def _draw_bars(axis: Any, panel: Panel, theme: _Theme) -> None:
         axis.plot([low, high], [place, place], color=theme.text, linewidth=1.2)
         text = f"{mark.value:,.3g}" if mark.value < 1000 else f"{mark.value:,.0f}"
         axis.text(high + end / 60, place, text, va="center", fontsize=8.5, color=theme.text)
-    axis.set_xlim(right=1.14 * end)
 
 
 def _draw_dots(axis: Any, panel: Panel, theme: _Theme) -> None:

@@ -195,7 +195,7 @@ def train(sources: Sources) -> str:
 
 def compilation(sources: Sources) -> str:
     """Return every run of the comparison with torch.compile."""
-    return _all(sources, "compile", "vertebra bench compile")
+    return _all(sources, "compile", "bench compile")
 
 
 def _all(
