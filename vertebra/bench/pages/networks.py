@@ -45,7 +45,7 @@ def variants(sources: Sources, family: str) -> str:
 def _members(family: str) -> list[str]:
     """Return a family's names, smaller networks first among those that begin alike."""
     names = [name for name in list_models() if family_of(name) == family]
-    return sorted(names, key=lambda name: (_kind(name), size_of(name).macs, name))
+    return sorted(names, key=lambda name: (len(_kind(name)), _kind(name), size_of(name).macs, name))
 
 
 def _kind(name: str) -> str:
