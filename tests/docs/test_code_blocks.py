@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,8 +13,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import vertebra
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+
+PACKAGES = ("nn", "models", "interop", "kernels")
 
 # How many blocks of a page are not run. Each says why in a comment above it: <!-- not run: why -->
 NOT_RUN: dict[str, int] = {}
@@ -184,6 +190,30 @@ def parse(words: list[str], whole: bool) -> None:
             if whole or type(error).__name__ != "MissingParameter":
                 raise
             return
+
+
+# names
+
+
+def test_tests_that_are_named_exist() -> None:
+    sources = {path: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    functions = {name for text in sources.values() for name in re.findall(r"def (test_\w+)", text)}
+    for page in PAGES:
+        for path in re.findall(r"`(tests/[\w/.]+\.py)`", page.read_text()):
+            assert ROOT / path in sources, f"{page}: {path}"
+        for function in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert function in functions, f"{page}: {function}"
+
+
+@pytest.mark.parametrize("package", ["vertebra", *(f"vertebra.{name}" for name in PACKAGES)])
+def test_the_reference_has_every_public_name(package: str) -> None:
+    """But the functions that build a network, of which the lists of networks have the names."""
+    module = importlib.import_module(package)
+    found = [re.findall(r"^::: vertebra[\w.]*\.(\w+)$", p.read_text(), re.M) for p in PAGES]
+    shown = {name for names in found for name in names}
+    public = {name for name in module.__all__ if inspect.isroutine(getattr(module, name))}
+    public |= {name for name in module.__all__ if inspect.isclass(getattr(module, name))}
+    assert public - set(vertebra.list_models()) <= shown
 
 
 # links

@@ -50,7 +50,7 @@ def traffic(sources: Sources) -> Chart:
         ]
         panels.append(Panel(way, "maps read and written", rows))
     alt = "Maps that every op reads and writes, forward and backward, beside eager PyTorch"
-    return Chart(alt, panels, columns=2)
+    return Chart(alt, panels, columns=2, one_scale=True)
 
 
 def _of_maps(options: str) -> list[str]:

@@ -49,12 +49,18 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels of bars, or of dots where a row has marks of several series."""
+    """Panels of bars, or of dots where a row has marks of several series.
+
+    Attributes:
+        columns: panels beside each other.
+        one_scale: whether those have the same axis.
+    """
 
     alt: str
     panels: Sequence[Panel]
     bars: bool = False
     columns: int = 1
+    one_scale: bool = False
 
     @property
     def digest(self) -> str:
@@ -132,8 +138,9 @@ def _figure(chart: Chart, theme: _Theme) -> Any:
         height_ratios=heights,
     )
     for row, panels in zip(axes, grid, strict=True):
-        end = max(_end(panel) for panel in panels)  # panels side by side have one scale
+        largest = max(_end(panel) for panel in panels)
         for axis, panel in zip(row, panels, strict=False):
+            end = largest if chart.one_scale else _end(panel)
             _panel(axis, panel, end, chart.bars, theme)
         for axis in row[len(panels) :]:
             axis.remove()

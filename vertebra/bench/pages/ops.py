@@ -88,15 +88,18 @@ def overhead(sources: Sources) -> str:
 
 
 def _overhead(run: Result) -> str:
-    by_op: dict[str, dict[str, str]] = {}
+    modes = list(dict.fromkeys(c.facts["mode"] for c in run.report.comparisons))
+    by_op: dict[str, dict[str, list[str]]] = {}
     for comparison in run.report.comparisons:
         eager, ours = eager_and_ours(comparison)
-        facts = comparison.facts
-        cell = f"{_us(eager)} to {_us(ours)}, {times_eager(comparison):.2f}x"
-        by_op.setdefault(facts["op"], {})[facts["mode"]] = cell
-    modes = list(dict.fromkeys(c.facts["mode"] for c in run.report.comparisons))
-    lines = [[code(op), *(cells.get(m, "") for m in modes)] for op, cells in by_op.items()]
-    return table(["op", *(f"{mode}: eager to vertebra" for mode in modes)], lines)
+        cells = [_us(eager), _us(ours), f"{times_eager(comparison):.2f}"]
+        by_op.setdefault(comparison.facts["op"], {})[comparison.facts["mode"]] = cells
+    headings = [cell for mode in modes for cell in (f"{mode}: eager", "vertebra", "x eager")]
+    lines = [
+        [code(op), *(cell for mode in modes for cell in cells.get(mode, ["", "", ""]))]
+        for op, cells in by_op.items()
+    ]
+    return table(["op", *headings], lines)
 
 
 def _us(row: Row) -> str:
