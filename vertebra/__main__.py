@@ -5,7 +5,7 @@ from __future__ import annotations
 try:
     import typer
 
-    from ._cli import drop_in, env, list, parity, predict
+    from ._cli import drop_in, env, list, parity, predict, report
     from ._cli._app import Commands
     from .bench.cli import bench
 except ImportError as error:
@@ -29,6 +29,7 @@ app.command()(predict.predict)
 app.add_typer(bench, name="bench")
 app.command()(parity.parity)
 app.command()(drop_in.drop_in)
+app.command()(report.report)
 
 
 def main() -> None:

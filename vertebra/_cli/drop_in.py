@@ -14,12 +14,11 @@ def drop_in(
     versions: Annotated[
         Path, typer.Option(help="What vertebra.interop.readings found, as JSON.")
     ] = Path("docs/drop-in.json"),
-    page: Annotated[Path | None, typer.Option(help="Put the table into this page.")] = None,
 ) -> None:
     """Show every class that `accelerate` knows: the ops it runs, the versions it was read in."""
     from ..bench.drop_in import show
 
     try:
-        show(console(140), versions, page)
+        show(console(140), versions)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None

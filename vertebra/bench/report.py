@@ -93,7 +93,7 @@ def tally(report: Report) -> Iterator[str]:
 
 
 def _table(comparison: Comparison, ceilings: Ceilings | None, width: int) -> Table:
-    lines = {row.provider: _cells(comparison, row, ceilings) for row in comparison.rows}
+    lines = {row.provider: columns(comparison, row, ceilings) for row in comparison.rows}
     headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
     if width < _NARROW:
         headings = [h for h in headings if h not in ("TFLOP/s", "top-1", "of budget")]
@@ -115,7 +115,7 @@ def plain_table(title: str, first: str) -> Table:
     return table
 
 
-def _cells(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
+def columns(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
     """Return what there is to say about a row, by heading."""
     cells: dict[str, str] = {"ms": row.status}
     if row.status == "ok" and not row.samples_ms:
@@ -202,12 +202,12 @@ def _kernels_table(
         facts = comparison.facts
         rows = {row.provider: row for row in comparison.rows}
         ours = comparison.best(peer=False)
-        best = {} if ours is None else _cells(comparison, ours, ceilings)
+        best = {} if ours is None else columns(comparison, ours, ceilings)
         shape = "x".join(map(str, facts["shape"]))
         cells = [f"{shape} {facts['layout']}", facts["options"], facts["direction"], facts["path"]]
         for name in providers:
             row = rows.get(name)
-            cells.append("" if row is None else _cells(comparison, row, ceilings)["ms"])
+            cells.append("" if row is None else columns(comparison, row, ceilings)["ms"])
         cells += [best.get(heading, "") for heading in ("±", "GB/s", "of floor", "x peer")]
         failed = any(row.failed for row in comparison.rows)
         table.add_row(*cells, _saved(rows.values(), ours), style="red" if failed else "")
