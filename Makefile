@@ -10,7 +10,7 @@ TESTS      := --doctest-modules tests vertebra/kernels vertebra/nn vertebra/mode
 A_PART     := --typed sm_90 --sampled sm_80 sm_89 sm_100 gfx942
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-all check aot aot-all gpu gpu-test gpu-kernels gpu-models gpu-train docs clean
+.PHONY: help bench test test-all check aot aot-all gpu gpu-test gpu-kernels gpu-models gpu-train report docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' Makefile | expand -t 46
@@ -43,6 +43,9 @@ gpu:  ## test and measure on this machine's GPU; results go to $OUT, else bench/
 
 gpu-test gpu-kernels gpu-models gpu-train:  ## one stage of it, at most 8 minutes
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu --stage $(@:gpu-%=%)
+
+report: $(READY)  ## write tables and charts of README and docs from committed results
+	$(BIN)/python -m vertebra report
 
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

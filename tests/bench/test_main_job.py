@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import vertebra
-from vertebra.bench import workload
-from vertebra.bench.main_job import Settings
+from vertebra.bench import main_job, workload
 from vertebra.bench.results import Report
 
 pytest.importorskip("sklearn")
@@ -90,8 +89,12 @@ def test_bad_options_are_usage_errors(options, message) -> None:
 
 
 def test_quick_compiles_nothing() -> None:
-    settings = Settings.choose(quick=True, device="cpu")
-    assert {workload.VARIANTS[name].compile for name in settings.providers} == {None}
+    given: dict[str, Any] = {"batch": None, "image_size": None, "dtype": None, "rounds": None}
+    settings = main_job.choose(**given, device="cpu", providers=(), quick=True)
+    assert (settings.rounds, settings.image_size) == (3, 128)
+    suiting = [v for v in workload.VARIANTS.values() if v.suits(settings, "forward")]
+    assert suiting
+    assert {variant.compile for variant in suiting} == {None}
 
 
 def test_list_and_env() -> None:

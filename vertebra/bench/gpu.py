@@ -1,162 +1,121 @@
 """`make gpu`: tests and measurements on a GPU, in stages that each end within their minutes.
 
-Runs from the source tree with the machine's own torch and triton. A stage writes its JSON after
-every comparison, and takes up an earlier run of the same source on the same kind of machine.
+Runs from the source tree with the machine's own torch and triton. A stage is a command of its own:
+it begins nothing new when 85 % of its time are over and writes its JSON as it goes. Should it not
+end, it is interrupted, then killed; what it has written stays, and the next run of the same source
+on the same kind of machine goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-
-from . import environment, kernels, main_job, report
-from .results import Comparison, Report
-from .runner import Clock
-from .workload import VARIANTS, Mode
 
 RESULTS = Path("bench/results")
-MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
+INTERRUPTED = 130
+
+# of a stage's time: when it begins nothing more, when it is interrupted, when it is killed
+_SOFT, _INTERRUPT, _KILL = 0.85, 0.93, 0.985
+_GRACE_S = 20.0  # after Ctrl-C
 
 
 @dataclass(frozen=True)
-class Session:
+class Options:
     """Where and how to measure; `tiny` is for trying the stages out on a CPU."""
 
-    device: torch.device
+    device: str
     tiny: bool
     minutes: float
     match: str
     out: Path
-    console: Console
 
-    @property
-    def rounds(self) -> int:
-        """Samples per provider."""
-        return 2 if self.tiny else 10
-
-    def deadline(self) -> float:
-        """Return when a stage that begins now has to begin nothing more."""
-        return time.monotonic() + 60 * self.minutes
-
-    def path(self, stage: str) -> Path:
+    def path(self, stage: str, suffix: str = ".json") -> Path:
         """Return where a stage keeps its results."""
-        return self.out / f"gpu-{stage}.json"
-
-    def resume(self, stage: str) -> Report:
-        """Return the unfinished report of an equal run, or an empty one."""
-        settings = {"tiny": self.tiny, "rounds": self.rounds}
-        found = Report(stage, environment.describe(self.device), settings)
-        kept = RESULTS / self.path(stage).name
-        path = next((path for path in (self.path(stage), kept) if path.exists()), None)
-        if path is not None:
-            earlier = Report.load(path)
-            same = environment.same(earlier.environment, found.environment)
-            if same and earlier.settings == found.settings:
-                found.comparisons = [c for c in earlier.comparisons if c.complete]
-                self.say(f"{len(found.comparisons)} comparisons are there already")
-        return found
-
-    def add(self, found: Report, comparisons: list[Comparison]) -> None:
-        """Write down what was measured."""
-        found.comparisons += comparisons
-        found.save(self.path(found.kind))
-
-    def say(self, text: str) -> None:
-        """Print one line of progress."""
-        self.console.print(text, markup=False, highlight=False)
+        return self.out / f"gpu-{stage}{suffix}"
 
 
-def test(session: Session) -> bool:
-    """Run the tests; the interrupt at the end of the time lets pytest still write its report."""
-    junit = session.out / "gpu-test.xml"
-    tests = "tests/kernels/test_dispatch.py" if session.tiny else "tests"
+Stage = Callable[[Options], list[str]]
+"""From the options to the command that a stage is."""
+
+
+def _tests(options: Options) -> list[str]:
+    """Return a run of the tests; interrupted, pytest still writes its report."""
+    tests = "tests/kernels/test_dispatch.py" if options.tiny else "tests"
     command = [sys.executable, "-m", "pytest", tests, "-q", "-m", "not parity and not aot"]
-    if find_spec("xdist") and not session.tiny:  # compiling takes the time: use the cores
+    if find_spec("xdist") and not options.tiny:  # compiling takes the time: use the cores
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
-    with subprocess.Popen([*command, f"--junitxml={junit}"]) as process:
-        try:
-            return process.wait(60 * session.minutes) == 0
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            return False
+    return [*command, f"--junitxml={options.path('test', '.xml')}"]
 
 
-def measure_kernels(session: Session) -> bool:
-    """Time every op on every bench case."""
-    found, deadline = session.resume("kernels"), session.deadline()
-    clock = Clock(session.device, queued=True)
-    done = {comparison.name for comparison in found.comparisons}
-    bandwidth = kernels.copy_bandwidth(clock, 2**24 if session.tiny else 2**30)
-    session.say(f"a copy moves {bandwidth / 1e9:,.0f} GB/s")
-    for case in kernels.bench_cases(session.tiny):
-        names = {f"{case.id} {direction}" for direction in kernels.DIRECTIONS}
-        if session.match not in case.id or names <= done:
-            continue
-        if time.monotonic() > deadline:
-            session.say("out of time: run again for the rest")
-            break
-        session.say(case.id)
-        compared = kernels.compare(case, clock, session.rounds, bandwidth, deadline=deadline)
-        session.add(found, compared)
-    report.show_kernels(found, session.console)
-    return not found.failed
+def measuring(command: str, *more: str) -> Stage:
+    """Return the stage that is `vertebra bench COMMAND`, which has to have these options."""
+
+    def stage(options: Options) -> list[str]:
+        arguments = [sys.executable, "-m", "vertebra", "bench", command, *more, "--resume"]
+        arguments += ["--device", options.device, "--minutes", f"{options.minutes * _SOFT:.3f}"]
+        for option, suffix in (("json", ".json"), ("csv", ".csv"), ("plot", ".png")):
+            arguments += [f"--{option}", str(options.path(command, suffix))]
+        if options.match:
+            arguments += ["--filter", options.match]
+        return [*arguments, *(["--tiny"] if options.tiny else [])]
+
+    return stage
 
 
-def measure_models(session: Session) -> bool:
-    """Time inference."""
-    return _compare_models(session, "models", "forward")
-
-
-def measure_training(session: Session) -> bool:
-    """Time forward, backward and optimizer step, and weigh them."""
-    return _compare_models(session, "train", "sgd")
-
-
-def _compare_models(session: Session, stage: str, mode: Mode) -> bool:
-    found, deadline = session.resume(stage), session.deadline()
-    done = {comparison.facts["model"] for comparison in found.comparisons}
-    for model in MODELS[:1] if session.tiny else MODELS:
-        if session.match not in model or model in done:
-            continue
-        if time.monotonic() > deadline:
-            session.say("out of time: run again for the rest")
-            break
-        settings = main_job.Settings.choose(model, device=str(session.device))
-        settings = replace(settings, rounds=session.rounds)
-        if session.tiny:
-            eager = [name for name, variant in VARIANTS.items() if variant.compile is None]
-            settings = replace(settings, batch=2, image_size=64, providers=eager)
-        with tempfile.TemporaryDirectory() as folder:
-            workload = main_job.create(settings, Path(folder))
-            compared = main_job.compare(workload, settings, mode, deadline, session.say)
-        session.add(found, [compared])
-    report.show(found, session.console)
-    report.plot(found, session.path(stage).with_suffix(".png"))
-    return not found.failed
-
-
-STAGES: dict[str, Callable[[Session], bool]] = {
-    "test": test,
-    "kernels": measure_kernels,
-    "models": measure_models,
-    "train": measure_training,
+STAGES: dict[str, Stage] = {
+    "test": _tests,
+    "kernels": measuring("kernels"),
+    "models": measuring("models"),
+    "train": measuring("train"),
 }
 
 
-def main() -> int:
-    """Run the stages asked for; return 1 if a test failed or an answer was wrong."""
+def run(stage: str, options: Options) -> int:
+    """Run a stage within its time and return its exit code: 130 if it had to be interrupted."""
+    kept = RESULTS / options.path(stage).name
+    if kept.exists() and not options.path(stage).exists():
+        shutil.copy(kept, options.path(stage))
+    begin, minute = time.monotonic(), 60 * options.minutes
+    # a group of its own, so that whatever it has started can be ended with it
+    process = subprocess.Popen(STAGES[stage](options), start_new_session=True)
+    try:
+        for share, number in ((_INTERRUPT, signal.SIGINT), (_KILL, signal.SIGKILL)):
+            try:
+                return process.wait(max(0.0, begin + share * minute - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                print(f"{stage}: its time is over, {number.name}", flush=True)
+                process.send_signal(number)
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+        raise
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Kill what is left of a stage's process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _options() -> tuple[list[str], Options]:
     parser = argparse.ArgumentParser(prog="python -m vertebra.bench.gpu", description=__doc__)
     parser.add_argument("--stage", action="append", choices=STAGES, help="default: all, in order")
     parser.add_argument("--device", default="cuda")
@@ -165,19 +124,35 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only cases and models whose name has this")
     out = Path(os.environ.get("OUT", RESULTS))
     parser.add_argument("--out", type=Path, default=out, help=f"default: $OUT, else {RESULTS}")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    given = parser.parse_args()
+    if given.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; try: --device cpu --tiny")
+    if missing := [name for name in ("rich", "typer") if find_spec(name) is None]:
+        parser.error(f"{' and '.join(missing)} not found; pip install {' '.join(missing)}")
+    options = Options(given.device, given.tiny, given.minutes, given.match, given.out)
+    return given.stage or list(STAGES), options
+
+
+def main() -> int:
+    """Run the stages asked for; return 1 if a test failed or an answer was wrong."""
+    stages, options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=140)
-    session = Session(device, options.tiny, options.minutes, options.match, options.out, console)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the stage ends too
     failed: list[str] = []
-    for stage in options.stage or STAGES:
-        console.rule(stage)
-        if not STAGES[stage](session):
-            failed.append(stage)
-    session.say(f"failed: {', '.join(failed)}" if failed else "all stages passed")
+    unfinished: list[str] = []
+    try:
+        for stage in stages:
+            print(f"--- {stage}", flush=True)
+            code = run(stage, options)
+            if code in (INTERRUPTED, -signal.SIGKILL):
+                unfinished.append(stage)
+            elif code != 0:
+                failed.append(stage)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if unfinished:
+        print(f"cut off, run again for the rest: {', '.join(unfinished)}")
+    print(f"failed: {', '.join(failed)}" if failed else "all stages passed")
     return int(bool(failed))
 
 

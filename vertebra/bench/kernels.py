@@ -1,108 +1,173 @@
-"""The ops on their bench cases: eager PyTorch, torch.compile of it, and this library's dispatch."""
+"""The ops on their bench cases: eager PyTorch, torch.compile, peers' modules, and our dispatch."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import Traffic, backend
+from ..kernels import backend
 from ..kernels._op import Call, observe
 from ..testing.cases import OPS, Case, Inputs, cases
 from ..testing.contract import copied, evaluate, leaves_of, settled, upcast
+from . import modules
+from .ceilings import DTYPES
+from .clock import Clock, Step, cache_copies
+from .modules import Function
 from .oracle import Answers, Oracle
 from .results import Comparison
-from .runner import Clock, Provider, Step, measure
-from .workload import cache_copies
+from .runner import Provider, measure
+from .session import Session, Task
+from .settings import Settings
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
-def bench_cases(tiny: bool) -> list[Case]:
+class Way(NamedTuple):
+    """How to compute what an op computes: `bind` makes a function of a case, run on `path`."""
+
+    bind: Callable[[Case], Function]
+    path: Literal["auto", "eager"]
+    compile: str | None = None
+    peer: bool = True
+
+
+def _op(case: Case) -> Function:
+    """Return the op itself."""
+
+    def call(inputs: Inputs) -> Tensor:
+        return case.run(inputs)["y"]
+
+    return call
+
+
+PROVIDERS: dict[str, Way] = {
+    "eager": Way(_op, "eager"),
+    "compile": Way(_op, "eager", "default"),
+    # without its CUDA graphs, which would copy the inputs; graphs are the clock's matter here
+    "max-autotune": Way(_op, "eager", "max-autotune-no-cudagraphs"),
+    **{library: Way(modules.of(library), "eager") for library in modules.LIBRARIES},
+    "vertebra": Way(_op, "auto", peer=False),
+    "vertebra-compile": Way(_op, "auto", "default", peer=False),
+}
+
+
+def default_providers(settings: Settings) -> tuple[str, ...]:
+    """Return the providers that a machine can do in reasonable time."""
+    return tuple(
+        name
+        for name, way in PROVIDERS.items()
+        if (settings.compiled or way.compile is None)
+        and (settings.on_gpu or name != "max-autotune")
+        and (name not in modules.LIBRARIES or modules.installed(name))
+    )
+
+
+def bench_cases(ops: Sequence[str], settings: Settings) -> list[Case]:
     """Return the cases tagged "bench", the ops taking turns so that a run cut short has them all.
 
-    With `tiny`, only two of each op, of a size that a CPU does in no time.
+    On a CPU, one of each op and layout, unless some were asked for by name.
     """
-    found = [case for turn in zip_longest(*(cases("bench", op) for op in OPS)) for case in turn]
-    found = [case for case in found if case is not None]
-    if not tiny:
-        return found
-    first = {(case.op, case.layout): case for case in reversed(found)}
-    return [replace(case, shape=(2, 8, 7, 7)) for case in first.values()]
+    if unknown := [op for op in ops if op not in OPS]:
+        raise ValueError(f"ops are {', '.join(OPS)}; got {', '.join(unknown)}")
+    turns = zip_longest(*(cases("bench", op) for op in ops or OPS))
+    found = [case for turn in turns for case in turn if case is not None]
+    found = [case for case in found if case.layout in settings.layouts]
+    found = [case for case in found if settings.match in case.id]
+    if settings.tiny or not (settings.on_gpu or settings.match):
+        first = {(case.op, case.layout): case for case in reversed(found)}
+        found = list(reversed(first.values()))
+    dtype = DTYPES[settings.dtype]
+    sized: list[Case] = []
+    for case in found:
+        C, H, W = (8, 7, 7) if settings.tiny else case.shape[1:]
+        for N in settings.batches or case.shape[:1]:
+            sized.append(replace(case, shape=(N, C, H, W), dtype=dtype))
+    return list(dict.fromkeys(sized))
 
 
-def copy_bandwidth(clock: Clock, size: int) -> float:
-    """Return bytes per second, read and written, of a copy of `size` bytes (median of ten)."""
-    source = torch.empty(size // 4, dtype=torch.float32, device=clock.device).normal_()
-    target = torch.empty_like(source)
+def tasks(ops: Sequence[str], settings: Settings) -> list[Task]:
+    """Return what there is to measure of some ops, or of all.
 
-    def step(_: int) -> Answers:
-        return {"copy": target.copy_(source)}
+    Raises:
+        ValueError: there is no such op.
+    """
+    names = settings.providers or default_providers(settings)
+    return [
+        Task(
+            tuple(f"{case.id} {direction}" for direction in DIRECTIONS),
+            partial(compare, case, names, settings),
+            steps=len(DIRECTIONS) * (len(names) + settings.rounds + 1),
+        )
+        for case in bench_cases(ops, settings)
+    ]
 
-    samples = sorted(clock(step, 0, 3) for _ in range(11))
-    return 2 * source.nbytes / (samples[5] / 1e3)
+
+@dataclass
+class _Forward:
+    """A call without gradients."""
+
+    function: Function
+    context: Callable[[], AbstractContextManager[Any]]
+    inputs: Sequence[Inputs]
+
+    def __call__(self, i: int) -> Answers:
+        with torch.no_grad(), self.context():
+            return {"y": self.function(self.inputs[i % len(self.inputs)])}
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A case bound to inputs: what a call of it computes, on one path."""
+@dataclass
+class _Backward:
+    """Differentiates graphs that the first call builds, one per set of inputs."""
 
     case: Case
-    inputs: list[Inputs]
-    path: Literal["auto", "eager"]
-    compiled: bool
+    function: Function
+    context: Callable[[], AbstractContextManager[Any]]
+    inputs: Sequence[Inputs]
+    graphs: list[tuple[Tensor, dict[str, Tensor], Tensor]] = field(
+        default_factory=list[tuple[Tensor, dict[str, Tensor], Tensor]]
+    )
 
-    def forward(self) -> Step:
-        call = self._call()
+    def __call__(self, i: int) -> Answers:
+        if not self.graphs:
+            with _keeps_graph():
+                self.graphs += [self._graph(inputs) for inputs in self.inputs]
+                for j in range(len(self.graphs)):
+                    self._differentiate(j)  # compiles it
+        return self._differentiate(i)
 
-        def step(i: int) -> Answers:
-            with torch.no_grad(), self._backend():
-                return {"y": call(self.inputs[i % len(self.inputs)])}
+    @property
+    def given(self) -> list[Tensor]:
+        """What is there before the forward pass."""
+        return [value for value in self.inputs[0].values() if value is not None]
 
-        return step
+    def forward(self, i: int) -> Tensor:
+        """Return y, with its graph."""
+        inputs = self.inputs[i % len(self.inputs)]
+        with self.context():
+            return self.function({**inputs, **leaves_of(self.case, inputs)})
 
-    def backward(self) -> Step:
-        """Differentiate graphs that were built beforehand, once per set of inputs."""
-        call = self._call()
-        graphs: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []
-        with self._backend(), _keeps_graph():
-            for inputs in self.inputs:
-                # statistics of its own: updating those of another graph would invalidate that one
-                inputs = {
-                    k: v.clone() if v is not None and v.dim() == 1 else v for k, v in inputs.items()
-                }
-                leaves = leaves_of(self.case, inputs)
-                dy = inputs["dy"]
-                assert dy is not None
-                y = call({**inputs, **leaves})
-                torch.autograd.grad(y, [*leaves.values()], dy, retain_graph=True)  # compiles it
-                graphs.append((y, leaves, dy))
+    def _graph(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        # statistics of its own: updating those of another graph would invalidate that one
+        own = {k: v.clone() if v is not None and v.dim() == 1 else v for k, v in inputs.items()}
+        leaves = leaves_of(self.case, own)
+        dy = inputs["dy"]
+        assert dy is not None
+        with self.context():
+            return self.function({**own, **leaves}), leaves, dy
 
-        def step(i: int) -> Answers:
-            y, leaves, dy = graphs[i % len(graphs)]
-            gradients = torch.autograd.grad(y, [*leaves.values()], dy, retain_graph=True)
-            return {"d" + name: g for name, g in zip(leaves, gradients, strict=True)}
-
-        return step
-
-    def _backend(self) -> AbstractContextManager[None]:
-        return backend(self.path)
-
-    def _call(self) -> Callable[[Inputs], Tensor]:
-        def call(inputs: Inputs) -> Tensor:
-            return self.case.run(inputs)["y"]
-
-        if not self.compiled:
-            return call
-        torch.compiler.reset()  # a second shape of the same code would be compiled for any shape
-        return torch.compile(call, dynamic=False)
+    def _differentiate(self, i: int) -> Answers:
+        y, leaves, dy = self.graphs[i % len(self.graphs)]
+        gradients = torch.autograd.grad(y, [*leaves.values()], dy, retain_graph=True)
+        return {"d" + name: g for name, g in zip(leaves, gradients, strict=True)}
 
 
 def _keeps_graph() -> AbstractContextManager[Any]:
@@ -111,45 +176,106 @@ def _keeps_graph() -> AbstractContextManager[Any]:
     return config.patch(donated_buffer=False)
 
 
-def compare(
-    case: Case,
-    clock: Clock,
-    rounds: int,
-    bandwidth: float,
-    *,
-    deadline: float,
-) -> list[Comparison]:
-    """Check and time one case, forward and backward; `bandwidth` is that of a copy here."""
-    inputs = settled(case, case.inputs(clock.device))
-    truth = evaluate(case, upcast(inputs), "eager")
-    eager = evaluate(case, copied(inputs), "eager")
-    size = sum(value.nbytes for value in inputs.values() if value is not None)
-    sets = [copied(inputs) for _ in range(cache_copies(size, clock.device))]
-    call = _observed(case, sets[0])
-    work: Traffic = call.op.traffic(*call.args)
-    del inputs
-    found: list[Comparison] = []
-    for direction in DIRECTIONS:
+@dataclass(frozen=True)
+class Problem:
+    """A case on a device: its inputs, in several places of memory, and what is right.
+
+    Attributes:
+        case: whose op is asked.
+        sets: equal inputs, together larger than the cache.
+        truth: in fp64.
+        eager: plain PyTorch's answers in the case's dtype.
+        call: what the op makes of it: path, reason, arguments.
+    """
+
+    case: Case
+    sets: list[Inputs]
+    truth: Answers
+    eager: Answers
+    call: Call
+
+    @classmethod
+    def create(cls, case: Case, device: torch.device) -> Problem:
+        """Draw the inputs and compute the answers."""
+        inputs = settled(case, case.inputs(device))
+        truth = evaluate(case, upcast(inputs), "eager")
+        eager = evaluate(case, copied(inputs), "eager")
+        size = sum(value.nbytes for value in inputs.values() if value is not None)
+        sets = [copied(inputs) for _ in range(cache_copies(size, device))]
+        return cls(case, sets, truth, eager, _observed(case, sets[0]))
+
+    def oracle(self, direction: Direction) -> Oracle:
+        """Return the judge of y, or of the gradients."""
         wanted = "y" if direction == "forward" else "d"
-        names = [name for name in truth if name.startswith(wanted)]
-        oracle = Oracle({n: truth[n] for n in names}, case.dtype)
-        oracle.calibrate({n: eager[n] for n in names})
-        rows = measure(
-            [
-                Provider("eager", True, getattr(_Run(case, sets, "eager", False), direction)),
-                Provider("compile", True, getattr(_Run(case, sets, "eager", True), direction)),
-                Provider("vertebra", False, getattr(_Run(case, sets, "auto", False), direction)),
-            ],
-            oracle,
-            clock,
-            rounds,
-            deadline=deadline,
+        answers = [name for name in self.truth if name.startswith(wanted)]
+        oracle = Oracle({n: self.truth[n] for n in answers}, self.case.dtype)
+        oracle.calibrate({n: self.eager[n] for n in answers})
+        return oracle
+
+    def provider(self, name: str, direction: Direction) -> Provider:
+        """Return what computes y, or the gradients, in the way of that name."""
+        way = PROVIDERS[name]
+        return Provider(name, way.peer, partial(self._make, way, direction), capturable=True)
+
+    def bytes(self, direction: Direction) -> float:
+        """Return what has to be moved."""
+        return float(getattr(self.call.op.traffic(*self.call.args), direction))
+
+    def clock(self, device: torch.device) -> Clock:
+        """Return what times it."""
+        return Clock(device, short=True, target_ms=20.0, least=len(self.sets))
+
+    def _make(self, way: Way, direction: Direction) -> Step:
+        function = way.bind(self.case)
+        if way.compile is not None:
+            function = torch.compile(function, dynamic=False, mode=way.compile)
+        context = partial(backend, way.path)
+        if direction == "forward":
+            return _Forward(function, context, self.sets)
+        return _Backward(self.case, function, context, self.sets)
+
+
+def compare(case: Case, names: Sequence[str], settings: Settings, session: Session) -> None:
+    """Check and time one case, forward and backward."""
+    device = torch.device(settings.device)
+    problem = Problem.create(case, device)
+    for direction in DIRECTIONS:
+        torch.compiler.reset()  # the same code for another shape counts as compiled too often
+        comparison = Comparison(
+            f"{case.id} {direction}",
+            [],
+            {"bytes": problem.bytes(direction)},
+            facts=_facts(problem, direction, settings),
         )
-        facts: dict[str, Any] = {"case": case.id, "direction": direction}
-        facts |= {"path": call.path, "reason": call.reason, "copy_bytes_per_s": bandwidth}
-        moved = {"bytes": float(getattr(work, direction))}
-        found.append(Comparison(f"{case.id} {direction}", rows, moved, facts))
-    return found
+        measure(
+            session.begin(comparison),
+            [problem.provider(name, direction) for name in names],
+            problem.oracle(direction),
+            problem.clock(device),
+            settings.rounds,
+            limits=session.limits(settings.first_answer_s),
+            tick=session.tick,
+        )
+
+
+def _facts(problem: Problem, direction: Direction, settings: Settings) -> dict[str, Any]:
+    case = problem.case
+    options = [*case.options, *(() if case.act == "none" else (case.act,))]
+    numbers = [option for option in options if "=" in option]
+    return {
+        "case": case.id,
+        "op": case.op,
+        "shape": list(case.shape),
+        "batch": case.shape[0],
+        "layout": case.layout,
+        "options": " ".join(option for option in options if option not in numbers),
+        "numbers": " ".join(numbers),
+        "direction": direction,
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "path": problem.call.path,
+        "reason": problem.call.reason,
+    }
 
 
 def _observed(case: Case, inputs: Inputs) -> Call:

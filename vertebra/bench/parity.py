@@ -65,11 +65,10 @@ class Row:
 
 
 def torchvision_model(name: str) -> nn.Module:
-    """Build torchvision's model, without the random depth that its ConvNeXts are trained with."""
+    """Build torchvision's model."""
     if name.startswith("regnet"):  # which the meta device is too little for
         return peers.torchvision_model(name)
-    options = {"stochastic_depth_prob": 0.0} if name.startswith("convnext") else {}
-    return build_on_meta(peers.torchvision_model, name, **options)
+    return build_on_meta(peers.torchvision_model, name)
 
 
 def timm_model(name: str) -> nn.Module:
@@ -79,51 +78,10 @@ def timm_model(name: str) -> nn.Module:
     return peers.timm_model(name) if constants else model  # which no weights would restore
 
 
-def transformers_model(name: str) -> nn.Module:
-    """Build transformers' model with the configuration that ours of this name has."""
-    transformers = peers.transformers()
-    ours: Any = build_on_meta(create_model, name)
-    config = ours.config
-    if ours.family == "resnet":
-        options = {"depths": list(config.layers), "layer_type": config.block}
-        settings: Any = transformers.ResNetConfig(
-            hidden_sizes=list(config.channels), embedding_size=config.stem_channels, **options
-        )
-        build: Any = transformers.ResNetForImageClassification
-    elif ours.family == "regnet":
-        depths, widths = zip(*((len(s), s[0].out_channels) for s in config.stages()), strict=True)
-        settings = transformers.RegNetConfig(
-            hidden_sizes=list(widths),
-            depths=list(depths),
-            groups_width=config.group_width,
-            layer_type=config.layer_type,
-        )
-        build = transformers.RegNetForImageClassification
-    else:
-        options = {"hidden_sizes": list(config.channels), "depths": list(config.depths)}
-        if config.use_grn:
-            settings = transformers.ConvNextV2Config(**options)
-            build = transformers.ConvNextV2ForImageClassification
-        else:
-            settings = transformers.ConvNextConfig(**options)
-            build = transformers.ConvNextForImageClassification
-        settings.layer_norm_eps = 1e-6  # of the last norm: not what published weights have
-    settings.num_labels = 1000
-    peer = build_on_meta(build, settings)
-    shapes = {key: value.shape for key, value in peer.state_dict().items()}
-    try:
-        exported = export_weights(ours, "transformers")
-    except ValueError as error:
-        raise Unavailable(str(error)) from None
-    if shapes != {key: value.shape for key, value in exported.items()}:
-        raise Unavailable("transformers cannot express it")
-    return peer
-
-
 BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": torchvision_model,
     "timm": timm_model,
-    "transformers": transformers_model,
+    "transformers": peers.transformers_model,
 }
 
 
@@ -208,6 +166,14 @@ def run(
     wrong = [row for row in found if row.failed]
     console.print(f"{len(found)} comparisons, {len(wrong)} with differences")
     return not wrong
+
+
+def load(path: Path) -> list[Row]:
+    """Read what `run` wrote."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    for row in rows:
+        row["outputs"] = {int(size): error for size, error in row["outputs"].items()}
+    return [Row(**row) for row in rows]
 
 
 def _cells(row: Row, sizes: Sequence[int]) -> Iterator[str]:

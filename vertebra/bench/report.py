@@ -1,34 +1,63 @@
-"""Results for people: a table per comparison, a sentence on who won, a chart."""
+"""Results for people: a table per comparison, or a line, and a sentence on who won."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from .ceilings import Ceilings
 from .results import Comparison, Report, Row, quartiles
 
-_OURS, _PEERS = "#1f77b4", "#a6a6a6"
+_NARROW = 120  # columns, under which some of a table are left out
 
 
 def show(report: Report, console: Console) -> None:
     """Print every comparison, then the verdicts and the notes."""
     for comparison in report.comparisons:
-        console.print(_table(comparison))
+        console.print(_table(comparison, report.ceilings, console.width))
         for row in comparison.rows:
             if row.detail:
                 text = f"{row.provider}: {row.status}, {row.detail}"
                 console.print(text, markup=False, highlight=False)
-    for sentence in (*verdicts(report), *report.notes):
+    _conclude(report, sentences(report), console)
+
+
+def _conclude(report: Report, sentences: Iterable[str], console: Console) -> None:
+    if report.ceilings is not None:
+        sentences = (*sentences, _measured(report.ceilings))
+    for sentence in (*sentences, *report.notes):
         console.print(f"- {sentence}", markup=False, highlight=False)
+    for failure in report.failures:
+        console.print(f"FAILED: {failure}", style="red", markup=False, highlight=False)
+    if report.interrupted:
+        console.print("Interrupted: what was done until then is kept.", style="yellow")
 
 
-def verdicts(report: Report) -> Iterator[str]:
-    """Say of every comparison whether our best row beats the fastest peer, loses, or neither."""
+def _measured(ceilings: Ceilings) -> str:
+    rates = (f"{n} {_tera(rate)}" for n, rate in ceilings.matmul_flops_per_s.items())
+    return (
+        f"Floors are of this machine: a copy moves {ceilings.copy_bytes_per_s / 1e9:,.0f} GB/s, "
+        f"matrix products do {', '.join(rates)} TFLOP/s."
+    )
+
+
+class Verdict(NamedTuple):
+    """How our best row of a comparison does beside the fastest peer, in quartiles of speed."""
+
+    comparison: Comparison
+    ours: Row
+    peer: Row
+    outcome: Literal["faster than", "a loss: slower than", "not told apart from"]
+    speedup: tuple[float, float, float]
+
+
+def verdicts(report: Report) -> Iterator[Verdict]:
+    """Yield the verdict on every comparison that has both."""
     for comparison in report.comparisons:
         ours = comparison.best(peer=False)
         peer = comparison.best(peer=True)
@@ -40,26 +69,43 @@ def verdicts(report: Report) -> Iterator[str]:
             outcome = "not told apart from"
         else:
             outcome = "faster than" if middle > 1 else "a loss: slower than"
+        yield Verdict(comparison, ours, peer, outcome, (low, middle, high))
+
+
+def sentences(report: Report) -> Iterator[str]:
+    """Say of every comparison whether our best row beats the fastest peer, loses, or neither."""
+    for comparison, ours, peer, outcome, (low, middle, high) in verdicts(report):
         yield (
             f"{comparison.name}: {ours.provider} is {outcome} the fastest peer ({peer.provider} in "
             f"the median), {middle:.2f}x its speed [quartiles {low:.2f} to {high:.2f}]."
         )
 
 
-def _table(comparison: Comparison) -> Table:
-    rate, unit = _rate(comparison)
+def tally(report: Report) -> Iterator[str]:
+    """Say how many comparisons we win, and name those we lose."""
+    found = list(verdicts(report))
+    count = {outcome: 0 for outcome in ("faster than", "not told apart from")}
+    for verdict in found:
+        count[verdict.outcome] = count.get(verdict.outcome, 0) + 1
+    parts = [f"{number} {outcome}" for outcome, number in count.items()]
+    yield f"Of {len(found)} comparisons, ours are {', '.join(parts)} the fastest peer."
+    for comparison, ours, peer, outcome, (_, middle, _) in found:
+        if outcome.startswith("a loss"):
+            yield f"a loss: {comparison.name}, {ours.provider} {middle:.2f}x {peer.provider}"
+
+
+def _table(comparison: Comparison, ceilings: Ceilings | None, width: int) -> Table:
+    lines = {row.provider: columns(comparison, row, ceilings) for row in comparison.rows}
+    headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
+    if width < _NARROW:
+        headings = [h for h in headings if h not in ("TFLOP/s", "top-1", "of budget")]
     table = plain_table(comparison.name, "provider")
-    for heading in ("ms", "±", unit, "x peer", "error", "budget", "top-1", "first"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    weighed = any(row.peak_bytes is not None for row in comparison.rows)
-    for heading in ("peak GB", "saved GB") if weighed else ():
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.rows:
-        style = "red" if row.failed else "" if row.peer else "bold"
-        cells = [row.provider, *_times(comparison, row, rate), *_checks(row)]
-        if weighed:
-            cells += [_gigabytes(row.peak_bytes), _gigabytes(row.saved_bytes)]
-        table.add_row(*cells, style=style)
+        style = "red" if row.refused else "" if row.peer else "bold"
+        cells = [lines[row.provider].get(heading, "") for heading in headings]
+        table.add_row(row.provider, *cells, style=style)
     return table
 
 
@@ -71,88 +117,127 @@ def plain_table(title: str, first: str) -> Table:
     return table
 
 
-def _times(comparison: Comparison, row: Row, rate: float) -> list[str]:
-    """Show the median, half the distance between the quartiles, the rate and the speedup."""
-    if row.status != "ok" or not row.samples_ms:
-        return [row.status, "", "", ""]
-    low, middle, high = quartiles(row.samples_ms)
-    speedups = comparison.speedups(row)
-    return [
-        f"{middle:.4g}",
-        f"{(high - low) / 2 / middle:.0%}",
-        f"{rate / middle:,.0f}" if rate / middle >= 10 else f"{rate / middle:.2f}",
-        f"{statistics.median(speedups):.2f}" if speedups else "",
-    ]
-
-
-def _checks(row: Row) -> list[str]:
-    """Show the group that comes closest to what it is allowed, and the share of that it uses."""
+def columns(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
+    """Return what there is to say about a row, by heading."""
+    cells: dict[str, str] = {"ms": row.status}
+    if row.status == "ok" and not row.samples_ms:
+        cells["ms"] = "not timed"
+    elif row.status == "ok":
+        cells = _times(comparison, row, ceilings)
     used = {group: error / row.allowed[group] for group, error in row.errors.items()}
-    group = max(used, key=used.__getitem__, default="")
-    return [
-        f"{row.errors[group]:.1e}" if group else "",
-        f"{used[group]:.0%}" if group else "",
-        "" if row.top1 is None else f"{row.top1:.0%}",
-        "" if row.first_call_s is None else f"{row.first_call_s:.1f} s",
-    ]
+    if group := max(used, key=used.__getitem__, default=""):
+        cells |= {"error": f"{row.errors[group]:.1e}", "of budget": f"{used[group]:.0%}"}
+    if row.top1 is not None:
+        cells["top-1"] = f"{row.top1:.0%}"
+    if row.first_call_s is not None:
+        cells["first"] = _seconds(row.first_call_s)
+    for heading, size in (("peak", row.peak_bytes), ("saved", row.saved_bytes)):
+        if size is not None:
+            cells[heading] = _bytes(size)
+    return cells
 
 
-def _rate(comparison: Comparison) -> tuple[float, str]:
-    """Return what, divided by milliseconds, is the rate to show, and the rate's unit."""
-    if "images" in comparison.work:
-        return comparison.work["images"] * 1e3, "img/s"
-    return comparison.work["bytes"] / 1e6, "GB/s"
+def _times(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
+    """Show the median, half the distance between the quartiles, the rates and the speedup."""
+    low, middle, high = quartiles(row.samples_ms)
+    cells = {"ms": f"{middle:.4g}", "±": f"{(high - low) / 2 / middle:.0%}"}
+    for unit, amount in rates(comparison, row).items():
+        cells[unit] = f"{amount:,.0f}" if amount >= 100 else f"{amount:.3g}"
+    if (floor := comparison.floor_ms(ceilings)) is not None:
+        cells["of floor"] = f"{floor / middle:.0%}"
+    if speedups := comparison.speedups(row):
+        cells["x peer"] = f"{statistics.median(speedups):.2f}"
+    return cells
 
 
-def _gigabytes(size: int | None) -> str:
-    return "" if size is None else f"{size / 1e9:.2f}"
+def rates(comparison: Comparison, row: Row) -> dict[str, float]:
+    """Return what a row does in a second, by unit, from its median."""
+    units = {"images": ("img/s", 1.0), "bytes": ("GB/s", 1e9), "flops": ("TFLOP/s", 1e12)}
+    return {
+        unit: comparison.work[kind] / one / (row.median_ms / 1e3)
+        for kind, (unit, one) in units.items()
+        if kind in comparison.work
+    }
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.1f} s" if time >= 0.1 else f"{1e3 * time:.0f} ms"
+
+
+def _bytes(size: int) -> str:
+    for unit, one in (("GB", 1e9), ("MB", 1e6)):
+        if size >= one:
+            return f"{size / one:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
 
 
 def show_kernels(report: Report, console: Console) -> None:
-    """Print one line per comparison: everybody's time, our bandwidth as a share of a copy's."""
-    providers = list(dict.fromkeys(row.provider for c in report.comparisons for row in c.rows))
-    table = plain_table("ms per call", "case")
-    for heading in ("pass", "path", *providers, "GB/s", "of copy", "x peer"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """Print a table per way to call an op, a line per case and pass: how long everybody takes."""
+    calls: dict[str, list[Comparison]] = {}
     for comparison in report.comparisons:
-        rows = {row.provider: row for row in comparison.rows}
-        cells = {name: _times(comparison, row, _rate(comparison)[0]) for name, row in rows.items()}
+        facts = comparison.facts
+        options = f" ({facts['options']})" if facts["options"] else ""
+        title = f"{facts['op']}{options}, {facts['dtype']}, on {facts['path']}: ms per call"
+        calls.setdefault(title, []).append(comparison)
+    for title, comparisons in calls.items():
+        console.print(_kernels_table(title, comparisons, report.ceilings))
+        for comparison in comparisons:
+            for row in comparison.rows:
+                if row.detail and row.status != "absent":
+                    text = f"{comparison.name}, {row.provider}: {row.status}, {row.detail}"
+                    console.print(text, markup=False, highlight=False)
+    console.print(
+        "Medians. ±: half the distance between the quartiles; ±, GB/s, of floor, x peer and saved "
+        "are of our fastest; saved: what it keeps for the backward pass, of what eager keeps."
+    )
+    _conclude(report, tally(report), console)
+
+
+def _kernels_table(
+    title: str, comparisons: Sequence[Comparison], ceilings: Ceilings | None
+) -> Table:
+    rows = [row for comparison in comparisons for row in comparison.rows]
+    providers = list(dict.fromkeys(row.provider for row in rows if row.status != "absent"))
+    table = plain_table(title, "case")
+    table.add_column("pass", no_wrap=True)
+    for heading in (*providers, "±", "GB/s", "of floor", "x peer", "saved"):
+        table.add_column(heading.replace("-", "-\n").replace(" ", "\n"), justify="right")
+    for comparison in comparisons:
+        facts = comparison.facts
+        by_name = {row.provider: row for row in comparison.rows}
         ours = comparison.best(peer=False)
-        _, _, rate, speedup = cells[ours.provider] if ours else [""] * 4
-        share = ""
-        if ours is not None:
-            achieved = comparison.work["bytes"] / statistics.median(ours.samples_ms) * 1e3
-            share = f"{achieved / comparison.facts['copy_bytes_per_s']:.0%}"
-        times = [cells[name][0] if name in cells else "" for name in providers]
-        facts = [comparison.facts[key] for key in ("case", "direction", "path")]
-        table.add_row(*facts, *times, rate, share, speedup)
+        best = {} if ours is None else columns(comparison, ours, ceilings)
+        shape = "x".join(map(str, facts["shape"]))
+        cells = [f"{shape} {facts['layout']} {facts['numbers']}", facts["direction"]]
+        for name in providers:
+            row = by_name.get(name)
+            here = row if row is not None and row.status != "absent" else None
+            cells.append("-" if here is None else columns(comparison, here, ceilings)["ms"])
+        cells += [best.get(heading, "") for heading in ("±", "GB/s", "of floor", "x peer")]
+        refused = any(row.refused for row in comparison.rows)
+        table.add_row(*cells, _saved(comparison.rows, ours), style="red" if refused else "")
+    return table
+
+
+def _saved(rows: Iterable[Row], ours: Row | None) -> str:
+    """Return what ours keeps for the backward pass as a share of what eager keeps."""
+    eager = next((row.saved_bytes for row in rows if row.provider == "eager"), None)
+    if not eager or ours is None or ours.saved_bytes is None:
+        return ""
+    return f"{ours.saved_bytes / eager:.2f}"
+
+
+def show_ceilings(ceilings: Ceilings, console: Console) -> None:
+    """Print the rates of a machine."""
+    table = plain_table("Ceilings measured here", "what")
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_row("copy, read and written", f"{ceilings.copy_bytes_per_s / 1e9:,.0f} GB/s")
+    for name, rate in ceilings.matmul_flops_per_s.items():
+        table.add_row(f"matrix product, {name}", f"{_tera(rate)} TFLOP/s")
+    fma = f"{_tera(ceilings.fma_flops_per_s)} TFLOP/s"
+    table.add_row("multiply-adds outside of tensor cores, fp32", fma)
     console.print(table)
 
 
-def plot(report: Report, path: Path) -> None:
-    """Draw every comparison's rates as bars, with the quartiles, into one image."""
-    from matplotlib.figure import Figure
-
-    comparisons = [comparison for comparison in report.comparisons if comparison.timed]
-    if not comparisons:
-        return
-    figure = Figure(figsize=(10, 0.8 + 2.6 * len(comparisons)), layout="constrained")
-    axes = figure.subplots(len(comparisons), 1, squeeze=False)[:, 0]
-    for axis, comparison in zip(axes, comparisons, strict=True):
-        rate, unit = _rate(comparison)
-        rows = comparison.timed[::-1]
-        spread = [[rate / ms for ms in quartiles(row.samples_ms)] for row in rows]
-        bars = axis.barh(
-            [row.provider for row in rows],
-            [middle for _, middle, _ in spread],
-            xerr=[[m - h for _, m, h in spread], [lo - m for lo, m, _ in spread]],
-            color=[_PEERS if row.peer else _OURS for row in rows],
-        )
-        axis.bar_label(bars, fmt="{:,.3g}", padding=8)
-        axis.margins(x=0.12)
-        axis.set_xlabel(unit)
-        axis.set_title(comparison.name, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{report.environment['device']}, torch {report.environment['torch']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def _tera(rate: float) -> str:
+    return f"{rate / 1e12:,.0f}" if rate >= 1e14 else f"{rate / 1e12:.3g}"

@@ -9,10 +9,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .ceilings import Ceilings
+
 SCHEMA = 1
 
-Status = Literal["ok", "WRONG", "FAILED", "absent", "late"]
-"""WRONG: the answer is off, and nothing was timed. absent: not here. late: no time was left."""
+Status = Literal["ok", "WRONG", "FAILED", "absent", "memory", "slow", "late"]
+"""Why a row has times, or has none.
+
+* WRONG: the answer is off, and nothing was timed.
+* FAILED: it raised something.
+* absent: not here, or it has no such thing.
+* memory: a peer that does not fit the GPU's.
+* slow: no first answer within the time a provider is given.
+* late: the run had no time left for it; another one may.
+"""
 
 
 @dataclass
@@ -29,12 +39,26 @@ class Row:
     top1: float | None = None
     calls_per_sample: int = 0
     samples_ms: list[float] = field(default_factory=list[float])
+    method: str = ""
+    """How it was timed, `clock.Method`."""
     peak_bytes: int | None = None
     saved_bytes: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What else is known of it, by whoever measured it."""
+
+    @property
+    def median_ms(self) -> float:
+        """The median of its samples, of which it must have some."""
+        return statistics.median(self.samples_ms)
 
     @property
     def failed(self) -> bool:
-        """Whether the run as a whole must fail because of this row."""
+        """Whether the run as a whole must fail because of this row, which is ours."""
+        return self.refused and not self.peer
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was not timed because of what it did."""
         return self.status in ("WRONG", "FAILED")
 
 
@@ -45,8 +69,10 @@ class Comparison:
     name: str
     rows: list[Row]
     work: dict[str, float] = field(default_factory=dict[str, float])
-    """What one call gets done: {"images": 256}, or {"bytes": ...} of `Op.traffic`."""
+    """What one call gets done: "images", "flops", "bytes" it has to move."""
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    finished: bool = False
+    """Whether it was measured to its end, and not cut off."""
 
     @property
     def timed(self) -> list[Row]:
@@ -55,8 +81,8 @@ class Comparison:
 
     @property
     def complete(self) -> bool:
-        """Whether the time sufficed for every row."""
-        return all(row.status != "late" for row in self.rows)
+        """Whether the time sufficed for every row and every round."""
+        return self.finished and all(row.status != "late" for row in self.rows)
 
     def speedups(self, row: Row) -> list[float]:
         """Return, round by round, how many times as fast as the round's fastest peer `row` was."""
@@ -66,10 +92,20 @@ class Comparison:
         fastest = [min(times) for times in zip(*peers, strict=True)]
         return [best / own for best, own in zip(fastest, row.samples_ms, strict=True)]
 
+    def floor_ms(self, ceilings: Ceilings | None) -> float | None:
+        """Return the least time this work can take where nothing is faster than `ceilings`.
+
+        "floor_ms" among the facts, from whoever knows the work better, goes first.
+        """
+        if "floor_ms" in self.facts or ceilings is None:
+            return self.facts.get("floor_ms")
+        moved, computed = (self.work.get(name, 0.0) for name in ("bytes", "flops"))
+        return ceilings.floor_ms(moved, computed, self.facts["dtype"]) or None
+
     def best(self, peer: bool) -> Row | None:
         """Return the fastest timed row among the peers, or among ours."""
         rows = [row for row in self.timed if row.peer == peer]
-        return min(rows, key=lambda row: statistics.median(row.samples_ms), default=None)
+        return min(rows, key=lambda row: row.median_ms, default=None)
 
 
 @dataclass
@@ -81,11 +117,16 @@ class Report:
     settings: dict[str, Any]
     comparisons: list[Comparison] = field(default_factory=list[Comparison])
     notes: list[str] = field(default_factory=list[str])
+    ceilings: Ceilings | None = None
+    failures: list[str] = field(default_factory=list[str])
+    """Of what could not be measured at all, why."""
+    interrupted: bool = False
 
     @property
     def failed(self) -> bool:
-        """Whether any answer was wrong or missing."""
-        return any(row.failed for comparison in self.comparisons for row in comparison.rows)
+        """Whether any answer of ours was wrong or missing."""
+        rows = (row for comparison in self.comparisons for row in comparison.rows)
+        return bool(self.failures) or any(row.failed for row in rows)
 
     def save(self, path: Path) -> None:
         """Write JSON, so that an interruption leaves the old file or the new one."""
@@ -104,7 +145,14 @@ class Report:
         for comparison in content["comparisons"]:
             comparison["rows"] = [Row(**_infinite(row)) for row in comparison["rows"]]
         content["comparisons"] = [Comparison(**c) for c in content["comparisons"]]
+        if content.get("ceilings"):
+            content["ceilings"] = Ceilings(**content["ceilings"])
         return cls(**content)
+
+
+def plain(content: dict[str, Any]) -> dict[str, Any]:
+    """Return `content` as JSON gives it back."""
+    return json.loads(json.dumps(_finite(content)))
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:

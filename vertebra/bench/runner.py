@@ -3,28 +3,34 @@
 Rounds are interleaved, each in an order of its own, so that a machine that slows down slows all of
 them down; the first round is not recorded. The timed call returns the answer, so what is timed is
 what was checked; it is checked again after the last round.
+
+Rows are filled in as things happen, a round as a whole, so that whoever stops a run has what there
+is. No provider may take longer for its first answer than it is given, and none is begun after the
+deadline.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
+import math
 import random
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from .clock import Clock, Step, Timer, reserved_bytes, synchronize
 from .oracle import Answers, Oracle
-from .results import Row
-
-Step = Callable[[int], Answers]
-"""One timed call, on the i-th of the inputs that are rotated through; returns what it computed."""
+from .results import Comparison, Row
 
 _THREADS = torch.get_num_threads()  # what torch chose, or OMP_NUM_THREADS
 _LEAST_ROUNDS = 3  # fewer have no spread to speak of
@@ -34,128 +40,174 @@ class Unavailable(Exception):
     """A provider that this machine or this model does not have; says why."""
 
 
+class OutOfTime(BaseException):
+    """A provider has had its time; no error, so that nobody on the way up takes it for one."""
+
+
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute the answer; `peer` says that it is not ours."""
+    """One way to compute the answer.
+
+    Attributes:
+        name: what tables call it.
+        peer: it is not ours.
+        make: builds it.
+        capturable: its calls can be captured in a CUDA graph.
+    """
 
     name: str
     peer: bool
     make: Callable[[], Step]
+    capturable: bool = False
 
 
-@dataclass
-class Clock:
-    """Times calls on a device: CUDA events, or the host's clock on a CPU.
+@dataclass(frozen=True)
+class Limits:
+    """How long a measurement may take.
 
-    With `queued`, the GPU is kept busy until all calls are enqueued, so that kernels shorter than
-    their launch are timed and not their launch.
+    Attributes:
+        deadline: `time.monotonic()` after which no provider is begun, and no round but the first 3.
+        first_answer_s: what a provider has for its first answer, compilation included.
     """
 
-    device: torch.device
-    queued: bool = False
-    lead_ms: float = 2.0
+    deadline: float = math.inf
+    first_answer_s: float = math.inf
 
-    def __call__(self, step: Step, first: int, count: int) -> float:
-        """Return milliseconds per call, over `count` calls from the `first` input on."""
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            for i in range(first, first + count):
-                step(i)
-            return (time.perf_counter() - start) * 1e3 / count
-        while True:
-            elapsed, overtaken = self._events(step, first, count)
-            if not overtaken or self.lead_ms > 500:
-                return elapsed / count
-            self.lead_ms *= 2
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
 
-    def _events(self, step: Step, first: int, count: int) -> tuple[float, bool]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        if self.queued:
-            cycles_per_ms = 2_000_000
-            torch.cuda._sleep(int(self.lead_ms * cycles_per_ms))  # pyright: ignore[reportPrivateUsage]
-        start.record()
-        for i in range(first, first + count):
-            step(i)
-        overtaken = self.queued and start.query()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end), overtaken
 
-    def sample_size(self, step: Step, target_ms: float = 50.0, most: int = 50) -> int:
-        """Return how many calls make one sample."""
-        estimate = statistics.median(self(step, i, 1) for i in range(3))
-        return max(1, min(most, round(target_ms / max(estimate, 1e-3))))
+NO_LIMITS = Limits()
 
 
 def measure(
+    comparison: Comparison,
     providers: Sequence[Provider],
     oracle: Oracle,
     clock: Clock,
     rounds: int,
     *,
-    deadline: float = float("inf"),
+    limits: Limits = NO_LIMITS,
     tick: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
-    """Check every provider, time those that are right, and return a row for each.
+) -> Comparison:
+    """Check every provider, time those that are right, and fill in a row for each.
 
     Args:
+        comparison: gets the rows.
         providers: what to compare.
         oracle: calibrated.
         clock: of the device that the providers use.
         rounds: samples per provider.
-        deadline: `time.monotonic()` after which no provider is begun, and no round but the first 3.
+        limits: how long it may take.
         tick: told what comes next, before each provider's check and each round.
     """
-    rows: list[Row] = []
-    steps: list[tuple[Row, Step]] = []
-    for provider in providers:
-        tick(f"{provider.name}: build and check")
-        row = Row(provider.name, provider.peer)
-        rows.append(row)
-        if time.monotonic() > deadline:
-            row.status, row.detail = "late", "no time was left for it"
-        elif (step := _prepare(provider, row, oracle, clock)) is not None:
-            steps.append((row, step))
-    calls, order = 0, random.Random(0)
-    for i in range(-1, rounds):
-        if i >= _LEAST_ROUNDS and time.monotonic() > deadline:
-            break
-        tick(f"round {i + 1} of {rounds}" if i >= 0 else "warm-up")
-        for row, step in order.sample(steps, len(steps)):
-            elapsed = clock(step, calls, row.calls_per_sample)
-            calls += row.calls_per_sample
-            if i >= 0:
+    ready: list[tuple[Row, Timer]] = []
+    with clock.stream():
+        for provider in providers:
+            tick(f"{provider.name}: build and check")
+            row = Row(provider.name, provider.peer)
+            comparison.rows.append(row)
+            timer = _prepare(provider, row, oracle, clock, limits)
+            ready += [] if timer is None else [(row, timer)]
+        calls, order = 0, random.Random(0)
+        for i in range(-1, rounds):
+            if i >= _LEAST_ROUNDS and limits.left_s <= 0:
+                break
+            tick(f"round {i + 1} of {rounds}" if i >= 0 else "warm-up")
+            samples: list[tuple[Row, float]] = []
+            for row, timer in order.sample(ready, len(ready)):
+                with _recorded(row):
+                    samples.append((row, timer.sample(calls)))
+                calls += timer.calls
+            ready = [(row, timer) for row, timer in ready if row.status == "ok"]
+            for row, elapsed in samples if i >= 0 else ():
                 row.samples_ms.append(elapsed)
-    for row, step in steps:
-        _check(row, step(0), oracle)
-    return rows
+        for row, timer in ready:
+            with _recorded(row):
+                _check(row, timer.answers(), oracle)
+    comparison.finished = True
+    return comparison
 
 
-def _prepare(provider: Provider, row: Row, oracle: Oracle, clock: Clock) -> Step | None:
+def _prepare(
+    provider: Provider, row: Row, oracle: Oracle, clock: Clock, limits: Limits
+) -> Timer | None:
     """Build, call and check; fill in everything but the times. Return None unless all is well."""
-    device = clock.device
-    reserved = _reserved(device)
+    left = limits.left_s
+    if left <= 0:
+        row.status, row.detail = "late", "no time was left for it"
+        return None
+    reserved = reserved_bytes(clock.device)
     try:
-        with _cold_compiler():
-            step = provider.make()
-            start = time.perf_counter()
-            answers = step(0)
-            _synchronize(device)
-            row.first_call_s = time.perf_counter() - start
-        _check(row, answers, oracle)
-        del answers
-        if row.status != "ok":
-            return None
-        _weigh(row, step, device, reserved)
-        row.calls_per_sample = clock.sample_size(step)
-    except Exception as error:  # whatever a provider raises is its result
-        absent = provider.peer and isinstance(error, (Unavailable, ImportError))
-        row.status = "absent" if absent else "FAILED"
-        row.detail = f"{type(error).__name__}: {error}".partition("\n")[0]
-    else:
-        return step
+        with _recorded(row), _within(min(left, limits.first_answer_s)):
+            step = first_answer(provider, row, oracle, clock.device)
+            if row.status == "ok":
+                _weigh(row, step, clock.device, reserved)
+                timer = clock.timer(step, provider.capturable)
+                row.calls_per_sample, row.method = timer.calls, timer.method
+                return timer
+    except OutOfTime:
+        if limits.first_answer_s < left:
+            row.status = "slow"
+            row.detail = f"no answer within the {limits.first_answer_s:.0f} s a provider is given"
+        else:
+            row.status, row.detail = "late", "the time was over before it had an answer"
     return None
+
+
+def first_answer(provider: Provider, row: Row, oracle: Oracle, device: torch.device) -> Step:
+    """Build a provider and check its first answer, which may take it long; note both."""
+    step = provider.make()
+    with _cold_compiler():
+        start = time.perf_counter()
+        answers = step(0)
+        synchronize(device)
+        row.first_call_s = time.perf_counter() - start
+    _check(row, answers, oracle)
+    return step
+
+
+@contextmanager
+def _recorded(row: Row) -> Generator[None]:
+    """Make whatever a provider raises its result."""
+    try:
+        yield
+    except Exception as error:
+        row.samples_ms.clear()
+        row.detail = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if row.peer and isinstance(error, (Unavailable, ImportError)):
+            row.status, row.detail = "absent", str(error)
+        elif row.peer and isinstance(error, torch.OutOfMemoryError):
+            row.status = "memory"
+        else:
+            row.status = "FAILED"
+
+
+@contextmanager
+def _within(seconds: float) -> Generator[None]:
+    """Raise `OutOfTime` in here when so many seconds have passed.
+
+    By an alarm, which Python can only handle between two of its instructions and in its main
+    thread: a single call into a library is not cut short. It rings again, should the first one be
+    lost in a destructor.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if math.isinf(seconds) or not main or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise OutOfTime
+
+    outer = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, outer)
 
 
 def _check(row: Row, answers: Answers, oracle: Oracle) -> None:
@@ -167,40 +219,42 @@ def _check(row: Row, answers: Answers, oracle: Oracle) -> None:
 
 
 def _weigh(row: Row, step: Step, device: torch.device, reserved: int) -> None:
-    """Fill in the memory a call needs, weights included, and what its forward half saves.
+    """Fill in what a call needs of a GPU's memory, weights included, and what it saves.
 
-    The forward half, of a step that has one, is its `forward`; what that returns keeps alive what
-    it saved. Memory that CUDA graphs hold for good shows as reserved, other memory as allocated.
+    A step with a backward half has its forward half as `forward`. Memory that CUDA graphs hold for
+    good shows as reserved, other memory as allocated.
     """
+    if hasattr(step, "forward"):
+        row.saved_bytes = saved_bytes(step)
     if device.type != "cuda":
         return
-    forward = getattr(step, "forward", None)
     for _ in range(2):  # graphs are recorded by the second call
         step(1)
-    held = _reserved(device) - reserved
+    held = reserved_bytes(device) - reserved
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     step(1)
     row.peak_bytes = held + torch.cuda.max_memory_allocated(device) - before
-    if forward is not None:
-        before = torch.cuda.memory_allocated(device)
-        kept = forward(1)
-        row.saved_bytes = torch.cuda.memory_allocated(device) - before
-        del kept
 
 
-def _reserved(device: torch.device) -> int:
-    """Return the bytes that cannot be given back to the device now."""
-    if device.type != "cuda":
-        return 0
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(device)
+def saved_bytes(step: Any) -> int:
+    """Return the bytes that `step.forward` saves for its backward pass beside `step.given`.
 
+    Storages are counted, each once: a tensor may be saved several times, or in views of it.
+    """
+    given = {t.untyped_storage()._cdata for t in step.given}  # pyright: ignore[reportPrivateUsage]
+    saved: dict[int, tuple[int, Tensor]] = {}
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        if key not in given:
+            saved[key] = storage.nbytes(), t  # kept, or another might get its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step.forward(0)
+    return sum(size for size, _ in saved.values())
 
 
 def settle_threads() -> None:
@@ -230,7 +284,15 @@ def warm_up_compiler(device: torch.device) -> None:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
 
 
-def _cold_compiler() -> AbstractContextManager[None]:
+@contextmanager
+def _cold_compiler() -> Generator[None]:
     """Compile from scratch: what an earlier run or another provider compiled is out of reach."""
     inductor: Any = importlib.import_module("torch._inductor.utils")
-    return inductor.fresh_cache()
+    raised: Exception | None = None
+    with TemporaryDirectory() as folder, inductor.fresh_cache(dir=folder, delete=False):
+        try:
+            yield
+        except Exception as error:  # which Inductor would keep the folder for, and say so
+            raised = error
+    if raised is not None:
+        raise raised
