@@ -8,7 +8,7 @@ from .. import goals, report
 from ..results import Comparison, Report, Row
 from .charts import shown, traffic_chart
 from .markdown import bullets, code, folded, paragraphs, table
-from .measures import outcome
+from .measures import ceilings, outcome
 from .sources import Result, Sources
 
 NO_GPU_RUN = "No run of {} on a GPU has been committed yet."
@@ -112,7 +112,7 @@ def _overview(run: Result) -> str:
             low, middle, high = verdict.speedup
             line += [_rate(comparison, verdict.ours), _rate(comparison, verdict.peer)]
             line += [f"{middle:.2f} [{low:.2f} to {high:.2f}]", outcome(verdict)]
-            line += [report.columns(comparison, verdict.ours, found.ceilings).get("of floor", "")]
+            line += [report.columns(comparison, verdict.ours, ceilings(run)).get("of floor", "")]
         lines.append([*line, *_against_goal(found, comparison), *_saved(comparison)])
     kept = [i for i in range(len(headings)) if i < 6 or any(line[i] for line in lines)]
     return table([headings[i] for i in kept], [[line[i] for i in kept] for line in lines])
@@ -149,13 +149,13 @@ def _saved(comparison: Comparison) -> tuple[str, str]:
 # a line per provider, one comparison in full
 
 
-def _in_full(comparison: Comparison, found: Report) -> str:
+def _in_full(comparison: Comparison, run: Result) -> str:
     lines = {
-        row.provider: report.columns(comparison, row, found.ceilings) for row in comparison.rows
+        row.provider: report.columns(comparison, row, ceilings(run)) for row in comparison.rows
     }
     headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
     content = [
-        [_emphasised(provider, found), *(cells.get(heading, "") for heading in headings)]
+        [_emphasised(provider, run.report), *(cells.get(h, "") for h in headings)]
         for provider, cells in lines.items()
     ]
     return table(["", *headings], content)
@@ -205,5 +205,5 @@ def _all(
     parts = [] if any(run.on_gpu for run in found) else [NO_GPU_RUN.format(code(command))]
     for run in found:
         parts += [f"### {_where(run.report)}", overview(run), shown(run), about(run)]
-        parts += [folded(c.name, _in_full(c, run.report)) for c in run.report.comparisons]
+        parts += [folded(c.name, _in_full(c, run)) for c in run.report.comparisons]
     return paragraphs(*parts)
