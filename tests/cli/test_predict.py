@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vertebra
 from vertebra.bench import peers, photos
+from vertebra.models import _fitting
 from vertebra.testing.parity import randomize
 
 TINY = {"layers": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8}
@@ -229,6 +230,24 @@ def test_many_images_are_many_batches(folder, photographs, read, monkeypatch) ->
         assert [g["index"] for g in image["top"]] == [g["index"] for g in alone["top"]]
 
 
+@pytest.mark.parametrize(
+    ("args", "sizes"),
+    [
+        (["--size", "112"], (112, 128)),
+        (["--size", "64", "--resize", "64"], (64, 64)),
+        (["--resize", "300"], (224, 300)),
+    ],
+)
+def test_images_of_another_size(args, sizes, photographs, read, tmp_path) -> None:
+    model = tiny()
+    folder = put(tmp_path / "w", model)
+    report = read("predict", *photographs, "--weights", folder, *args)
+    transform = vertebra.models.ImageTransform(*sizes)
+    with torch.no_grad():
+        assert_predicts(report, model(torch.stack([transform(p) for p in opened(photographs)])))
+    assert report["transform"]["from"] == "--size, --resize"
+
+
 def test_low_precision(folder, photographs, read) -> None:
     exact, rounded = (
         read("predict", *photographs, "--weights", folder, "--dtype", dtype)
@@ -329,8 +348,9 @@ def test_without_torchvision_classes_are_numbers(photographs, read, run, tmp_pat
         (["--model", "resnet5"], "no model is called 'resnet5'; did you mean resnet50"),
         (["--weights", "nowhere.pth"], "weights: there is no file nowhere.pth"),
         (["--weights", "ResNet50_Weights.V9"], "there are no weights 'ResNet50_Weights.V9'"),
-        (["--weights", "{}", "--labels", "nowhere.txt"], "file 'nowhere.txt' does not exist"),
+        (["--weights", "{}", "--labels", "nowhere.txt"], "labels nowhere.txt: No such file"),
         (["--top", "0"], "--top"),
+        (["--resize", "200"], "a crop of 224 pixels has no place in an image whose short side"),
         (["--dtype", "int8"], "--dtype"),
         (["--device", "gpu"], "device must be like cpu, cuda or cuda:1; got 'gpu'"),
     ],
@@ -371,7 +391,9 @@ def test_wrong_labels(file, content, said, folder, photographs, refused, tmp_pat
     assert said in refused("predict", photographs[0], *args)
 
 
-def test_weights_that_cannot_predict(photographs, refused, tmp_path) -> None:
+def test_weights_that_cannot_predict(photographs, refused, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_fitting, "list_models", lambda: ["resnet10t"])
+
     def line(model: nn.Module, **config: Any) -> str:
         return refused("predict", photographs[0], "--weights", put(tmp_path / "w", model, **config))
 
@@ -384,8 +406,6 @@ def test_weights_that_cannot_predict(photographs, refused, tmp_path) -> None:
 
 
 def test_weights_of_another_model(photographs, refused, tmp_path, monkeypatch) -> None:
-    from vertebra.models import _fitting
-
     monkeypatch.setattr(_fitting, "list_models", lambda: ["resnet10t", "resnet14t"])
     weights = tmp_path / "w.pth"
     torch.save(randomize(vertebra.create_model("resnet10t")).state_dict(), weights)
@@ -393,7 +413,8 @@ def test_weights_of_another_model(photographs, refused, tmp_path, monkeypatch) -
     assert line.endswith("w.pth does not fit resnet14t; it fits resnet10t")
 
 
-def test_weights_of_several_models(photographs, refused, tmp_path) -> None:
+def test_weights_of_several_models(photographs, refused, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_fitting, "list_models", lambda: ["resnet18", "resnet34", "resnetblur18"])
     torch.save(randomize(vertebra.create_model("resnet18")).state_dict(), tmp_path / "w.pth")
     line = refused("predict", photographs[0], "--weights", tmp_path / "w.pth")
     assert "fit resnet18, resnetblur18" in line
@@ -405,4 +426,6 @@ def test_an_answer_that_is_no_number(photographs, refused, tmp_path) -> None:
     nn.init.constant_(model.get_classifier().weight, 1e30)
     folder = put(tmp_path / "w", model)
     line = refused("predict", photographs[0], "--weights", folder, "--dtype", "fp16", "--json")
-    assert line.endswith("china.png: the network's answer in fp16 is not finite; try --dtype fp32")
+    assert line.endswith(
+        "china.png: the network's answer in torch.float16 is not finite; try --dtype fp32"
+    )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from ..bench.cli import usage_error
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,16 +44,15 @@ def refusing() -> Generator[None]:
     try:
         yield
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        raise typer.BadParameter(str(message)) from None
+        raise usage_error(error) from None
 
 
 class Dtype(str, Enum):
     """A type of numbers, by the name it has on the command line."""
 
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
 
     def of_torch(self) -> torch.dtype:
         """Return what torch calls it."""

@@ -16,11 +16,12 @@ def read_labels(path: Path) -> tuple[str, ...]:
     """Return the names in a file: one a line, or JSON, a list, names by number, or a config.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds something else.
+        ValueError: the file cannot be read, or holds something else.
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"labels {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(
             f"{path} must be text in UTF-8: a name of a class a line, or JSON"

@@ -99,7 +99,7 @@ def _onednn() -> Way:
 
 def _bf16_on_a_cpu() -> Way:
     name = "bf16 on this CPU"
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not _has_onednn_bf16():
         return Way(name, "it has no AVX-512", "fp32 is the faster type here")
     units = {
         "AMX": torch.cpu._is_amx_tile_supported(),  # pyright: ignore[reportPrivateUsage]
@@ -109,6 +109,10 @@ def _bf16_on_a_cpu() -> Way:
     if not found:
         return Way(name, "it has neither AVX512-BF16 nor AMX", "it works, and fp32 is as fast")
     return Way(name, None, f"channels_last, with {' and '.join(found)}")
+
+
+def _has_onednn_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _cudnn() -> Way:

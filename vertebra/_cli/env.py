@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,16 +36,26 @@ def env(
     place = choose_device(device)
     with log().status("Looking around") as status:
         report = look_around(place)
-        ceilings = None
-        if measure:
-            from ..bench.ceilings import measure as measure_ceilings
-
-            ceilings = measure_ceilings(place, say=status.update)
-            report["ceilings"] = ceilings.to_dict()
+        ceilings = _measure(place, status.update, report) if measure else None
     if json:
         typer.echo(json_.dumps(report, indent=1))
     else:
         _show(report, ceilings, console(100))
+
+
+def _measure(
+    device: torch.device, say: Callable[[str], None], report: dict[str, Any]
+) -> Ceilings | None:
+    """Measure, and put what was found, or why nothing was, into the report."""
+    from ..bench import ceilings
+
+    try:
+        found = ceilings.measure(device, say=say)
+    except (ImportError, RuntimeError) as error:  # no triton, no memory: worth a report too
+        report["ceilings"] = f"{type(error).__name__}: {error}"
+        return None
+    report["ceilings"] = found.to_dict()
+    return found
 
 
 def look_around(device: torch.device) -> dict[str, Any]:
@@ -81,11 +91,12 @@ _PACKAGES = ("torch", "triton", "torchvision", "timm", "transformers", "numpy")
 
 
 def _show(report: dict[str, Any], ceilings: Ceilings | None, out: Console) -> None:
-    out.print(_versions(report))
-    out.print(_ways(report["ways"]))
-    out.print(*_ops(report["ops"]), sep="\n")
+    out.print(_versions(report), "", _ways(report["ways"]), *_ops(report["ops"]), sep="\n")
+    out.print()
     if ceilings is not None:
         show_ceilings(ceilings, out)
+    elif report["ceilings"] is not None:
+        out.print(f"[red]The speed cannot be measured:[/] {escape(report['ceilings'])}")
 
 
 def _versions(report: dict[str, Any]) -> Table:
@@ -93,7 +104,7 @@ def _versions(report: dict[str, Any]) -> Table:
     commit = f", commit {found['commit'][:12]}" if found["commit"] else ""
     rows = {
         "vertebra": f"[bold]{found['vertebra']}[/]{commit}",
-        "python": f"{found['python']} on {found['system']}",
+        "python": f"{found['python']} on {platform.system()}, {platform.machine()}",
         **{name: found[name] or "[dim]not installed[/]" for name in _PACKAGES},
     }
     for i, gpu in enumerate(report["gpus"]):

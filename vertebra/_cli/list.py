@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 class Family(str, Enum):
     """The families of networks."""
 
-    resnet = "resnet"
-    regnet = "regnet"
-    convnext = "convnext"
+    RESNET = "resnet"
+    REGNET = "regnet"
+    CONVNEXT = "convnext"
 
 
 class Order(str, Enum):
     """What a list is sorted by."""
 
-    name = "name"
-    params = "params"
-    macs = "macs"
+    NAME = "name"
+    PARAMS = "params"
+    MACS = "macs"
 
 
 class Model(NamedTuple):
@@ -56,7 +56,7 @@ def list_models(
     weights: Annotated[
         bool, typer.Option("--weights", help="Only models with weights to download by name.")
     ] = False,
-    sort: Annotated[Order, typer.Option(help="The largest last.")] = Order.name,
+    sort: Annotated[Order, typer.Option(help="The largest last.")] = Order.NAME,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the models: a table in a terminal, a name a line in a pipe.
@@ -74,12 +74,12 @@ def list_models(
     if not names:
         raise typer.BadParameter(_nothing(pattern))
     out = console(120)
-    if not json and not out.is_terminal and sort is Order.name:
+    if not json and not out.is_terminal and sort is Order.NAME:
         typer.echo("\n".join(names))
         return
     models = [describe(name) for name in names]
-    if sort is not Order.name:
-        models.sort(key=lambda m: m.parameters if sort is Order.params else m.macs)
+    if sort is not Order.NAME:
+        models.sort(key=lambda m: m.parameters if sort is Order.PARAMS else m.macs)
     if json:
         typer.echo(json_.dumps([model._asdict() for model in models], indent=1))
     elif out.is_terminal:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json as json_
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.bar import Bar
@@ -19,11 +19,8 @@ from ..bench.cli import console, log
 from ._app import Dtype, choose_device, refusing
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..models._card import Card
-    from ..models._network import Network
-    from ..models._transforms import ImageTransform
+    from ..models import ImageTransform
+    from ._predictor import Predictor, Seen
 
 _BATCH = 32
 _BAR = 24  # characters
@@ -55,17 +52,22 @@ def predict(
     labels: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
             help="The names of the classes: one a line, or JSON; default: those that the weights "
             "come with, else torchvision's for 1000 classes.",
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of the crop; default: as the weights say.")
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels of the short side before; default: in proportion."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and images.")] = Dtype.fp32,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and images.")] = Dtype.FP32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in photographs: the likeliest classes, with their probabilities.
@@ -74,185 +76,33 @@ def predict(
     """
     place = choose_device(device)
     with refusing():
+        from ._predictor import prepare
+
         predictor = prepare(model, weights, labels)
-    network: Any = predictor.network
-    network.to(place, dtype.of_torch())
-    predictor.place, predictor.dtype = place, dtype
+        predictor.resize(size, resize)
+    predictor.to(place, dtype.of_torch())
     if predictor.weights is None:
         _warn_of_random_weights(predictor.name)
     if not json:
-        _show_header(predictor)
+        _show_header(predictor, dtype)
     found: list[Seen] = []
-    for seen in _seen_in(predictor, images, top):
+    for seen in _see_all(predictor, images, top):
         found.append(seen)
         if not json:
             _show(seen)
     if json:
-        typer.echo(json_.dumps(_report(predictor, found), indent=1))
+        typer.echo(json_.dumps(_report(predictor, dtype, found), indent=1))
 
 
-# ---------------------------------------------------------------------------------- the network
-
-
-@dataclass
-class Predictor:
-    """A network with its weights, and what turns images into its input and its output into words.
-
-    Attributes:
-        weights: where they are from, None if they are random.
-        transform_from: who says how images are prepared.
-        labels_from: who names the classes; empty if nobody does.
-    """
-
-    network: Network
-    name: str
-    weights: str | None
-    transform: ImageTransform
-    transform_from: str
-    labels: tuple[str, ...] | None
-    labels_from: str
-    place: torch.device | None = None
-    dtype: Dtype = Dtype.fp32
-
-
-def prepare(model: str | None, weights: str | None, labels: Path | None) -> Predictor:
-    """Build the network, load its weights and find out what belongs to them.
-
-    Raises:
-        OSError, KeyError, TypeError, ValueError: something is missing, unknown or does not fit.
-    """
-    from ..models import ImageTransform, create_model
-
-    if weights is None:
-        name = model or "resnet50"
-        network = create_model(name)
-        names = _find_labels(labels, None, 1000)
-        return Predictor(network, name, None, ImageTransform(), _USUAL, *names)
-    from ..models._card import read_card
-    from ..models._pretrained import member_of
-    from ..models._weights import read, unwrap
-
-    card = read_card(member_of(model or "resnet50", weights) or weights)
-    state = unwrap(read(card.found.path))
-    name = model or card.model or _recognise(state)
-    sizes = _check_sizes(name, state, card)
-    network = create_model(name, weights=state, **sizes._asdict(), **card.options)
-    names = _find_labels(labels, card, sizes.num_classes)
-    source = str(card.found.member or weights)
-    if card.transform is None:
-        return Predictor(network, name, source, ImageTransform(), _USUAL, *names)
-    return Predictor(network, name, source, card.transform, card.transform_from, *names)
-
-
-_USUAL = "ImageNet's usual crop"
-
-
-def _recognise(state: dict[str, torch.Tensor]) -> str:
-    from ..models._fitting import recognise_model
-
-    with log().status("Looking for the model that these weights are for"):
-        try:
-            return recognise_model(state)
-        except ValueError as error:
-            raise ValueError(f"{error}; name it with --model") from None
-
-
-def _check_sizes(name: str, state: dict[str, torch.Tensor], card: Card) -> Any:
-    from ..models._fitting import fitting_models, sizes_of
-
-    sizes = sizes_of(name, state, **card.options)
-    if sizes is None:
-        fitting = ", ".join(fitting_models(state)) or "no model of `vertebra list`"
-        raise ValueError(f"{card.found.path} does not fit {name}; it fits {fitting}")
-    if sizes.num_classes == 0:
-        raise ValueError(
-            f"{card.found.path} has no classifier, so there is nothing to predict with"
-        )
-    if sizes.in_chans != 3:
-        raise ValueError(
-            f"{card.found.path} is for images of {sizes.in_chans} channels; photographs have 3"
-        )
-    return sizes
-
-
-def _find_labels(
-    file: Path | None, card: Card | None, classes: int
-) -> tuple[tuple[str, ...] | None, str]:
-    """Return the names of the classes, and who says so."""
-    from ._labels import IMAGENET_CLASSES, imagenet_labels, read_labels
-
-    if file is not None:
-        found = read_labels(file)
-        if len(found) != classes:
-            raise ValueError(f"{file} names {len(found)} classes; the model has {classes}")
-        return found, str(file)
-    if card is not None and card.labels is not None:
-        if len(card.labels) != classes:
-            raise ValueError(
-                f"{card.labels_from} beside the weights is not theirs: it names "
-                f"{len(card.labels)} classes, they have {classes}"
-            )
-        return card.labels, card.labels_from
-    if classes == IMAGENET_CLASSES and (found := imagenet_labels()) is not None:
-        return found, "ImageNet-1K, by torchvision"
-    return None, ""
-
-
-# ---------------------------------------------------------------------------------- the images
-
-
-class Guess(NamedTuple):
-    """A class, its name if there are names, and its probability."""
-
-    index: int
-    label: str | None
-    probability: float
-
-
-class Seen(NamedTuple):
-    """An image's size in pixels, and the likeliest classes, the likeliest first."""
-
-    path: Path
-    width: int
-    height: int
-    top: list[Guess]
-
-
-def _seen_in(predictor: Predictor, images: Sequence[Path], top: int) -> Iterator[Seen]:
-    """Yield what is seen in each image, which the network is given in batches."""
+def _see_all(predictor: Predictor, images: Sequence[Path], top: int) -> Iterator[Seen]:
+    """Yield what is in each image, which the network is given in batches."""
     with Progress(console=log(), transient=True, disable=len(images) <= _BATCH) as progress:
         task = progress.add_task("", total=len(images))
         for start in range(0, len(images), _BATCH):
             paths = images[start : start + _BATCH]
-            yield from _seen_at_once(predictor, paths, top)
+            with refusing():
+                yield from predictor.see(paths, top)
             progress.advance(task, len(paths))
-
-
-def _seen_at_once(predictor: Predictor, paths: Sequence[Path], top: int) -> Iterator[Seen]:
-    import torch
-
-    from ._images import open_image
-
-    with refusing():
-        photos = [open_image(path) for path in paths]
-    x = torch.stack([predictor.transform(photo) for photo in photos])
-    with torch.no_grad():
-        logits = predictor.network.eval()(x.to(predictor.place, predictor.dtype.of_torch()))
-    probabilities = logits.float().softmax(1).cpu()
-    for path, photo, p, is_finite in zip(
-        paths, photos, probabilities, logits.isfinite().all(1).tolist(), strict=True
-    ):
-        if not is_finite:
-            raise typer.BadParameter(
-                f"{path}: the network's answer in {predictor.dtype.value} is not finite; "
-                "try --dtype fp32"
-            )
-        best = p.topk(min(top, len(p)))
-        guesses = [
-            Guess(i, predictor.labels[i] if predictor.labels else None, value)
-            for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        yield Seen(path, photo.width, photo.height, guesses)
 
 
 # ---------------------------------------------------------------------------------- the output
@@ -269,11 +119,11 @@ def _warn_of_random_weights(name: str) -> None:
     )
 
 
-def _show_header(predictor: Predictor) -> None:
+def _show_header(predictor: Predictor, dtype: Dtype) -> None:
     parameters = sum(p.numel() for p in predictor.network.parameters())
     rows = {
         "model": f"[bold]{predictor.name}[/], {parameters / 1e6:.1f} M parameters, "
-        f"{predictor.dtype.value} on {predictor.place}",
+        f"{dtype.value} on {predictor.device}",
         "weights": escape(predictor.weights) if predictor.weights else "[yellow]random[/]",
         "images": f"{_describe(predictor.transform)} [dim]({escape(predictor.transform_from)})[/]",
         "labels": escape(predictor.labels_from) or "none: --labels FILE names the classes",
@@ -310,13 +160,13 @@ def _show(seen: Seen) -> None:
     out.print(grid)
 
 
-def _report(predictor: Predictor, found: Sequence[Seen]) -> dict[str, Any]:
+def _report(predictor: Predictor, dtype: Dtype, found: Sequence[Seen]) -> dict[str, Any]:
     """Return all of it as plain data."""
     return {
         "model": predictor.name,
         "weights": predictor.weights,
-        "device": str(predictor.place),
-        "dtype": predictor.dtype.value,
+        "device": str(predictor.device),
+        "dtype": dtype.value,
         "transform": {**asdict(predictor.transform), "from": predictor.transform_from},
         "labels": predictor.labels_from or None,
         "images": [

@@ -196,7 +196,7 @@ class _Knife:
         self._downsamples = {
             self._names[stage.downsample]
             for stage in network.modules()
-            if isinstance(stage, ConvNeXtStage)
+            if isinstance(stage, ConvNeXtStage) and isinstance(stage.downsample, nn.Sequential)
         }
         self._gates = [name for m, name in self._names.items() if isinstance(m, _GATES)]
         self.parts: list[Part] = []
@@ -272,8 +272,8 @@ def _shortcut_of(block: Any) -> set[nn.Module]:
 def _conv(name: str, module: Any, x: Tensor, y: Tensor) -> Conv:
     if isinstance(module, nn.Linear):
         _, *size, channels = x.shape
-        size = size or [1, 1]
-        return Conv(name, (channels, *size), (module.out_features, *size))
+        H, W = size or (1, 1)
+        return Conv(name, (channels, H, W), (module.out_features, H, W))
     shape: Any = tuple(x.shape[1:])
     out: Any = tuple(y.shape[1:])
     return Conv(name, shape, out, module.kernel_size, module.stride, module.groups)
