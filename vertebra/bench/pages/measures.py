@@ -28,6 +28,19 @@ def spread(comparison: Comparison, row: Row) -> tuple[float, float, float]:
     return high, middle, low
 
 
+def whole_networks(run: Result) -> list[Comparison]:
+    """Return the comparisons of how fast networks are, not parts of them, nor what else there is.
+
+    `bench compile` has such.
+    """
+    return [
+        comparison
+        for comparison in run.report.comparisons
+        if comparison.facts.get("aspect", "steady") == "steady"
+        and not comparison.facts.get("block")
+    ]
+
+
 def ceilings(run: Result) -> Ceilings | None:
     """Return what a machine can do at best; of a CPU, which other work slows down, none is told."""
     return run.report.ceilings if run.on_gpu else None

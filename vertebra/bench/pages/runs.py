@@ -18,10 +18,11 @@ def about(run: Result) -> str:
     """Return what a reader of a run's tables must know."""
     found = run.report
     sentences = [*report.sentences(found), *failures(found), *found.notes]
-    return paragraphs(bullets([*sentences, *_noise(run)]), provenance(run))
+    return paragraphs(bullets([*sentences, *noise(run)]), provenance(run))
 
 
-def _noise(run: Result) -> Iterator[str]:
+def noise(run: Result) -> Iterator[str]:
+    """Say of a run without a GPU that its times are noisy."""
     if not run.on_gpu:
         yield (
             f"A CPU with {run.report.environment['cores']} cores that other work shares: the times "
@@ -54,7 +55,8 @@ def provenance(run: Result) -> str:
     )
 
 
-def _where(found: Report) -> str:
+def where(found: Report) -> str:
+    """Return the title of a run."""
     return f"{found.environment['device']}, torch {found.environment['torch']}"
 
 
@@ -96,15 +98,15 @@ def _pair(comparison: Comparison, provider: str) -> tuple[str, str]:
 # a line per comparison, the goals beside it
 
 
-def _overview(run: Result) -> str:
+def overview(run: Result) -> str:
+    """Return a table with a line per comparison: our best, the fastest peer, the goal."""
     found = run.report
-    verdicts = {id(verdict.comparison): verdict for verdict in report.verdicts(found)}
     headings = ["model", "images", "ours, img/s", "fastest peer, img/s", "x peer", "", "of floor"]
     headings += ["goal", "of goal", "stretch", "saved, of eager's", "goal"]
     lines: list[list[str]] = []
     for comparison in found.comparisons:
         line = [comparison.facts["model"], str(comparison.facts["batch"])]
-        verdict = verdicts.get(id(comparison))
+        verdict = report.verdict(comparison)
         if verdict is None:
             ours, peer = comparison.best(peer=False), comparison.best(peer=True)
             line += [_rate(comparison, ours), _rate(comparison, peer), "", "", ""]
@@ -169,11 +171,11 @@ def headline(sources: Sources) -> str:
     on_gpu = [run for run in sources.of("models", "train") if run.on_gpu]
     if on_gpu:
         return paragraphs(
-            *(p for run in on_gpu for p in (_overview(run), provenance(run))), shown(on_gpu[0])
+            *(p for run in on_gpu for p in (overview(run), provenance(run))), shown(on_gpu[0])
         )
     parts = [NO_GPU_RUN.format(code("make gpu"))]
     for run in sources.of("main")[:1]:
-        sentences = " ".join((*report.sentences(run.report), *_noise(run)))
+        sentences = " ".join((*report.sentences(run.report), *noise(run)))
         parts = [_side_by_side(run), *parts, sentences, provenance(run)]
     return paragraphs(*parts, traffic_chart(sources))
 
@@ -193,17 +195,12 @@ def train(sources: Sources) -> str:
     return _all(sources, "train", "vertebra bench train")
 
 
-def compilation(sources: Sources) -> str:
-    """Return every run of the comparison with torch.compile."""
-    return _all(sources, "compile", "bench compile")
-
-
 def _all(
-    sources: Sources, kind: str, command: str, overview: Callable[[Result], str] = _overview
+    sources: Sources, kind: str, command: str, first: Callable[[Result], str] = overview
 ) -> str:
     found = sources.of(kind)
     parts = [] if any(run.on_gpu for run in found) else [NO_GPU_RUN.format(code(command))]
     for run in found:
-        parts += [f"### {_where(run.report)}", overview(run), shown(run), about(run)]
+        parts += [f"### {where(run.report)}", first(run), shown(run), about(run)]
         parts += [folded(c.name, _in_full(c, run)) for c in run.report.comparisons]
     return paragraphs(*parts)
