@@ -81,7 +81,7 @@ def content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
 @pytest.mark.parametrize("name", ["main", "models", "train", "compile", "kernels", "overhead"])
 def test_without_results_a_sentence_says_so(name: str, content) -> None:
     text = content(name)
-    assert re.fullmatch(r"No run of .* on a GPU has been committed yet\.", text)
+    assert re.fullmatch(r"No GPU run of .* has been committed yet\.", text)
 
 
 def test_goals_stand_beside_what_is_reached(content) -> None:
@@ -110,7 +110,7 @@ def test_goals_are_for_one_machine_and_large_batches(content) -> None:
 
 def test_a_run_on_a_cpu_says_that_it_is_noisy(content) -> None:
     text = content("models", cpu=model("resnet50", "forward", 5.0, 10.0, device="AMD EPYC"))
-    assert text.startswith("No run of `vertebra bench models` on a GPU has been committed yet.")
+    assert text.startswith("No GPU run of `vertebra bench models` has been committed yet.")
     assert "noisy" in text
 
 

@@ -97,7 +97,7 @@ _THEMES = (
 _OURS = "vertebra"
 """How the names of our series begin."""
 
-_WIDTH, _ROW, _HEAD = 8.0, 0.27, 0.85  # inches
+_WIDTH, _ROW, _HEAD = 8.0, 0.22, 0.85  # inches
 _MARKERS = (("o", 9.0), ("s", 6.0), ("D", 6.0), ("^", 6.0), ("v", 6.0))  # the last on top
 
 

@@ -11,7 +11,7 @@ from .markdown import bullets, code, folded, paragraphs, table
 from .measures import ceilings, outcome
 from .sources import Result, Sources
 
-NO_GPU_RUN = "No run of {} on a GPU has been committed yet."
+NO_GPU_RUN = "No GPU run of {} has been committed yet."
 
 
 def about(run: Result) -> str:
@@ -170,14 +170,17 @@ def headline(sources: Sources) -> str:
     """Return the README's table and chart: what GPUs reach, or the main job and what is counted."""
     on_gpu = [run for run in sources.of("models", "train") if run.on_gpu]
     if on_gpu:
-        return paragraphs(
-            *(p for run in on_gpu for p in (overview(run), provenance(run))), shown(on_gpu[0])
-        )
-    parts = [NO_GPU_RUN.format(code("make gpu"))]
+        tables = (part for run in on_gpu for part in (overview(run), provenance(run)))
+        return paragraphs(*tables, shown(on_gpu[0]))
+    parts: list[str] = []
     for run in sources.of("main")[:1]:
         sentences = " ".join((*report.sentences(run.report), *noise(run)))
-        parts = [_side_by_side(run), *parts, sentences, provenance(run)]
-    return paragraphs(*parts, traffic_chart(sources))
+        parts = [_side_by_side(run), f"{sentences} {provenance(run)}"]
+    counted = (
+        "No GPU run has been committed yet. What GPU kernels save can be counted: maps of the size "
+        "of its input that a call reads and writes, in fp32, beside eager PyTorch's operations."
+    )
+    return paragraphs(*parts, counted, traffic_chart(sources))
 
 
 def main_job(sources: Sources) -> str:
