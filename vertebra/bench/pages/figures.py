@@ -10,10 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 _KEY = "vertebra:data"
 _HOW = Path(__file__).read_text()
@@ -117,13 +119,13 @@ def digest_of(path: Path) -> str | None:
 def draw(chart: Chart, folder: Path, name: str) -> None:
     """Write a chart, for light pages and for dark ones."""
     folder.mkdir(parents=True, exist_ok=True)
+    about = PngInfo()
+    about.add_text(_KEY, chart.digest)
     for theme, path in zip(_THEMES, paths(folder, name), strict=True):
-        _figure(chart, theme).savefig(
-            path,
-            dpi=144,
-            facecolor=theme.background,
-            metadata={_KEY: chart.digest, "Software": None},
-        )
+        drawn = BytesIO()
+        _figure(chart, theme).savefig(drawn, dpi=144, facecolor=theme.background)
+        few = Image.open(drawn).convert("RGB").quantize(64)  # colours: a third of the bytes
+        few.save(path, optimize=True, pnginfo=about)
 
 
 def _figure(chart: Chart, theme: _Theme) -> Any:
