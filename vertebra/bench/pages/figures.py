@@ -180,8 +180,20 @@ def _panel(axis: Any, panel: Panel, end: float, bars: bool, theme: _Theme) -> No
     axis.set_ylim(len(panel.rows) - 0.4, -0.6)
     (_draw_bars if bars else _draw_dots)(axis, panel, theme)
     axis.set_xlim(0, end * (1.14 if bars else 1.04))
+    if end >= 1000:
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     for name, value in panel.lines.items():
-        axis.axvline(value, color=theme.line, linestyle="--", linewidth=1.2, label=name)
+        axis.axvline(value, color=theme.line, linestyle="--", linewidth=1.2)
+        axis.annotate(
+            name,
+            (value, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 1),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=theme.line,
+        )
 
 
 def _colour(series: str, theme: _Theme) -> str:
@@ -196,7 +208,9 @@ def _draw_bars(axis: Any, panel: Panel, theme: _Theme) -> None:
         axis.barh(place, mark.value, height=0.68, color=_colour(mark.series, theme))
         axis.plot([low, high], [place, place], color=theme.text, linewidth=1.2)
         text = f"{mark.value:,.3g}" if mark.value < 1000 else f"{mark.value:,.0f}"
-        axis.text(high + end / 60, place, text, va="center", fontsize=8.5, color=theme.text)
+        box = {"facecolor": theme.background, "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+        style: dict[str, Any] = {"color": theme.text, "fontsize": 8.5, "va": "center"}
+        axis.text(high + end / 60, place, text, zorder=3, bbox=box, **style)
 
 
 def _draw_dots(axis: Any, panel: Panel, theme: _Theme) -> None:
