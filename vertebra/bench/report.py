@@ -56,20 +56,25 @@ class Verdict(NamedTuple):
     speedup: tuple[float, float, float]
 
 
+def verdict(comparison: Comparison) -> Verdict | None:
+    """Return the verdict on a comparison, if it has a row of ours and one of a peer."""
+    ours = comparison.best(peer=False)
+    peer = comparison.best(peer=True)
+    if ours is None or peer is None:
+        return None
+    speedups = comparison.speedups(ours)
+    low, middle, high = quartiles(speedups)
+    if len(speedups) < 3 or low <= 1 <= high:
+        outcome = "not told apart from"
+    else:
+        outcome = "faster than" if middle > 1 else "a loss: slower than"
+    return Verdict(comparison, ours, peer, outcome, (low, middle, high))
+
+
 def verdicts(report: Report) -> Iterator[Verdict]:
     """Yield the verdict on every comparison that has both."""
-    for comparison in report.comparisons:
-        ours = comparison.best(peer=False)
-        peer = comparison.best(peer=True)
-        if ours is None or peer is None:
-            continue
-        speedups = comparison.speedups(ours)
-        low, middle, high = quartiles(speedups)
-        if len(speedups) < 3 or low <= 1 <= high:
-            outcome = "not told apart from"
-        else:
-            outcome = "faster than" if middle > 1 else "a loss: slower than"
-        yield Verdict(comparison, ours, peer, outcome, (low, middle, high))
+    found = map(verdict, report.comparisons)
+    yield from (each for each in found if each is not None)
 
 
 def sentences(report: Report) -> Iterator[str]:
