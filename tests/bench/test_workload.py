@@ -1,36 +1,107 @@
-"""What is compared: the batch is balanced, so that the truth of its distinct images is its own."""
+"""What is compared: every library's model is the same network, and the batch is balanced."""
 
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 import torch
 
-from vertebra.bench.workload import Workload
+from vertebra.bench import models
+from vertebra.bench.runner import Unavailable
+from vertebra.bench.settings import Settings
+from vertebra.bench.workload import VARIANTS, Workload
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("sklearn")
 
 
-def workload(folder: Path, batch: int, dtype: torch.dtype = torch.float64) -> Workload:
-    return Workload.create("resnet18", batch, 32, torch.device("cpu"), dtype, folder)
+def workload(
+    batch: int, dtype: torch.dtype = torch.float64, name: str = "resnet18", size: int = 32
+) -> Workload:
+    return Workload.create(name, batch, size, torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("batch", [3, 11, 32, 33, 64, 256])
-def test_every_image_comes_equally_often(tmp_path, batch) -> None:
-    index = workload(tmp_path, batch).index
+def test_every_image_comes_equally_often(batch, monkeypatch) -> None:
+    from vertebra.bench import photos
+
+    monkeypatch.setattr(photos, "batch", lambda count, size: torch.randn(count, 3, size, size))
+    index = workload(batch).index
     counts = index.bincount()
     assert len(index) == batch
     assert (counts == batch // len(counts)).all()
 
 
 @pytest.mark.parametrize("mode", ["forward", "training", "sgd"])
-def test_the_truth_of_the_distinct_images_is_that_of_the_batch(tmp_path, mode) -> None:
-    work = workload(tmp_path, 64)
+def test_the_truth_of_the_distinct_images_is_that_of_the_batch(mode) -> None:
+    work = workload(33)
     oracle = work.oracle(mode)
     (provider,) = work.providers(["vertebra-nhwc"], mode)
     step = provider.make()
-    assert len(work.images) == 32
+    assert len(work.images) == 11
     for i in range(2):  # an optimizer step leaves the weights alone
         verdict = oracle.judge(step(i))
         assert not verdict.wrong
         assert max(verdict.errors.values()) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("resnet18", "torchvision"),
+        ("regnety_004", "timm"),  # torchvision's regnet_y_400mf is another network
+        ("regnet_x_400mf", "torchvision"),
+        ("convnext_atto", "timm"),
+        ("convnextv2_atto", "timm"),
+    ],
+)
+def test_every_library_computes_the_same_in_double(name, library) -> None:
+    """Other names, shapes and layouts of weights make no difference to any gradient."""
+    work = workload(4, name=name, size=64)
+    assert work.library == library
+    oracle = work.oracle("training")
+    plain = [n for n, variant in VARIANTS.items() if variant.compile is None]
+    judged: list[str] = []
+    for provider in work.providers(plain, "training"):
+        with suppress(Unavailable):
+            verdict = oracle.judge(provider.make()(0))
+            assert not verdict.wrong, (provider.name, verdict.wrong)
+            assert max(verdict.errors.values()) < 1e-9, provider.name
+            judged.append(provider.name)
+    ours = {"accelerated", "vertebra-nchw", "vertebra-nhwc"}
+    assert ours | {"eager-nchw", "eager-nhwc", library, "transformers"} <= set(judged)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnety_002", "convnext_atto"])
+def test_half_precision_has_a_yardstick(name) -> None:
+    """The random weights are such that eager PyTorch itself is right enough to judge others."""
+    workload(8, torch.bfloat16, name, size=64).oracle("training")
+
+
+def test_costs_are_those_that_others_count() -> None:
+    """1.82 GMACs, 2.48 M activations, 11.69 M parameters: timm's results for a ResNet-18."""
+    work = Workload.create("resnet18", 2, 224, torch.device("cpu"), torch.float32)
+    cost = work.cost("forward")
+    assert (cost.parameters, cost.flops) == (11_689_512, 2 * 1_814_073_344)
+    assert cost.activations == 2_484_712
+    # of the first layer nobody wants the gradient of the image
+    stem = 2 * 64 * 112 * 112 * 3 * 49
+    assert work.cost("sgd").flops == 3 * cost.flops - stem
+
+
+def test_a_models_providers_suit_the_machine() -> None:
+    settings = Settings.choose(device="cpu", known=VARIANTS)
+    work = workload(2)
+    names = work.names(settings, "forward")
+    assert "torchvision" not in names  # whose model the eager one is
+    assert {"timm", "transformers", "compile", "freezing"} <= set(names)
+    assert not {"max-autotune", "reduce-overhead"} & set(names)
+    assert "freezing" not in work.names(settings, "sgd")
+    nchw = Settings.choose(device="cpu", layouts=["nchw"], known=VARIANTS)
+    assert work.names(nchw, "forward") == ["eager-nchw", "vertebra-nchw"]
+    asked = Settings.choose(device="cpu", providers=["torchvision"], known=VARIANTS)
+    assert work.names(asked, "sgd") == ["torchvision"]
+
+
+def test_every_model_measured_by_default_is_one() -> None:
+    for names in (models.ON_GPU, models.ON_CPU, models.TINY):
+        models.tasks(names, Settings.choose(device="cpu", known=VARIANTS), "forward")

@@ -79,12 +79,17 @@ class Clock:
             timer = LeadTimer(step, self.device)
         else:
             timer = EventTimer(step, self.device)
-        estimate = statistics.median(timer.elapsed(i, 1) for i in range(3))
-        wanted = round(self._target_ms / max(estimate, 1e-3))
-        timer.calls = max(self._least, min(self._most, wanted))
+        timer = self.sized(timer)
         if self._stream is not None and self._short and capturable:
             with suppress(RuntimeError):  # it cannot be captured after all
                 return GraphTimer(step, self.device, timer.calls, self._stream)
+        return timer
+
+    def sized(self, timer: Timer) -> Timer:
+        """Make the samples of `timer` as long as they should be."""
+        estimate = statistics.median(timer.elapsed(i, 1) for i in range(3))
+        wanted = round(self._target_ms / max(estimate, 1e-3))
+        timer.calls = max(self._least, min(self._most, wanted))
         return timer
 
 

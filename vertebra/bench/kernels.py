@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,12 +13,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import Traffic, backend
+from ..kernels import backend
 from ..kernels._op import Call, observe
 from ..testing.cases import OPS, Case, Inputs, cases
 from ..testing.contract import copied, evaluate, leaves_of, settled, upcast
+from . import modules
 from .ceilings import DTYPES
 from .clock import Clock, Step, cache_copies
+from .modules import Function
 from .oracle import Answers, Oracle
 from .results import Comparison
 from .runner import Provider, measure
@@ -27,9 +29,6 @@ from .settings import Settings
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-
-Function = Callable[[Inputs], Tensor]
-"""From a case's inputs to y."""
 
 
 class Way(NamedTuple):
@@ -55,6 +54,7 @@ PROVIDERS: dict[str, Way] = {
     "compile": Way(_op, "eager", "default"),
     # without its CUDA graphs, which would copy the inputs; graphs are the clock's matter here
     "max-autotune": Way(_op, "eager", "max-autotune-no-cudagraphs"),
+    **{library: Way(modules.of(library), "eager") for library in modules.LIBRARIES},
     "vertebra": Way(_op, "auto", peer=False),
     "vertebra-compile": Way(_op, "auto", "default", peer=False),
 }
@@ -67,6 +67,7 @@ def default_providers(settings: Settings) -> tuple[str, ...]:
         for name, way in PROVIDERS.items()
         if (settings.compiled or way.compile is None)
         and (settings.on_gpu or name != "max-autotune")
+        and (name not in modules.LIBRARIES or modules.installed(name))
     )
 
 
@@ -175,71 +176,105 @@ def _keeps_graph() -> AbstractContextManager[Any]:
     return config.patch(donated_buffer=False)
 
 
-def _providers(
-    names: Sequence[str], case: Case, sets: Sequence[Inputs], direction: Direction
-) -> Iterator[Provider]:
-    for name in names:
+@dataclass(frozen=True)
+class Problem:
+    """A case on a device: its inputs, in several places of memory, and what is right.
+
+    Attributes:
+        case: whose op is asked.
+        sets: equal inputs, together larger than the cache.
+        truth: in fp64.
+        eager: plain PyTorch's answers in the case's dtype.
+        call: what the op makes of it: path, reason, arguments.
+    """
+
+    case: Case
+    sets: list[Inputs]
+    truth: Answers
+    eager: Answers
+    call: Call
+
+    @classmethod
+    def create(cls, case: Case, device: torch.device) -> Problem:
+        """Draw the inputs and compute the answers."""
+        inputs = settled(case, case.inputs(device))
+        truth = evaluate(case, upcast(inputs), "eager")
+        eager = evaluate(case, copied(inputs), "eager")
+        size = sum(value.nbytes for value in inputs.values() if value is not None)
+        sets = [copied(inputs) for _ in range(cache_copies(size, device))]
+        return cls(case, sets, truth, eager, _observed(case, sets[0]))
+
+    def oracle(self, direction: Direction) -> Oracle:
+        """Return the judge of y, or of the gradients."""
+        wanted = "y" if direction == "forward" else "d"
+        answers = [name for name in self.truth if name.startswith(wanted)]
+        oracle = Oracle({n: self.truth[n] for n in answers}, self.case.dtype)
+        oracle.calibrate({n: self.eager[n] for n in answers})
+        return oracle
+
+    def provider(self, name: str, direction: Direction) -> Provider:
+        """Return what computes y, or the gradients, in the way of that name."""
         way = PROVIDERS[name]
-        make = partial(_make, way, case, sets, direction)
-        yield Provider(name, way.peer, make, capturable=True)
+        return Provider(name, way.peer, partial(self._make, way, direction), capturable=True)
 
+    def bytes(self, direction: Direction) -> float:
+        """Return what has to be moved."""
+        return float(getattr(self.call.op.traffic(*self.call.args), direction))
 
-def _make(way: Way, case: Case, sets: Sequence[Inputs], direction: Direction) -> Step:
-    function = way.bind(case)
-    if way.compile is not None:
-        function = torch.compile(function, dynamic=False, mode=way.compile)
-    context = partial(backend, way.path)
-    if direction == "forward":
-        return _Forward(function, context, sets)
-    return _Backward(case, function, context, sets)
+    def clock(self, device: torch.device) -> Clock:
+        """Return what times it."""
+        return Clock(device, short=True, target_ms=20.0, least=len(self.sets))
+
+    def _make(self, way: Way, direction: Direction) -> Step:
+        function = way.bind(self.case)
+        if way.compile is not None:
+            function = torch.compile(function, dynamic=False, mode=way.compile)
+        context = partial(backend, way.path)
+        if direction == "forward":
+            return _Forward(function, context, self.sets)
+        return _Backward(self.case, function, context, self.sets)
 
 
 def compare(case: Case, names: Sequence[str], settings: Settings, session: Session) -> None:
     """Check and time one case, forward and backward."""
     device = torch.device(settings.device)
-    inputs = settled(case, case.inputs(device))
-    truth = evaluate(case, upcast(inputs), "eager")
-    eager = evaluate(case, copied(inputs), "eager")
-    size = sum(value.nbytes for value in inputs.values() if value is not None)
-    sets = [copied(inputs) for _ in range(cache_copies(size, device))]
-    call = _observed(case, sets[0])
-    work: Traffic = call.op.traffic(*call.args)
-    del inputs
+    problem = Problem.create(case, device)
     for direction in DIRECTIONS:
-        wanted = "y" if direction == "forward" else "d"
-        answers = [name for name in truth if name.startswith(wanted)]
-        oracle = Oracle({n: truth[n] for n in answers}, case.dtype)
-        oracle.calibrate({n: eager[n] for n in answers})
         torch.compiler.reset()  # the same code for another shape counts as compiled too often
         comparison = Comparison(
             f"{case.id} {direction}",
             [],
-            {"bytes": float(getattr(work, direction))},
-            facts=_facts(case, direction, settings) | {"path": call.path, "reason": call.reason},
+            {"bytes": problem.bytes(direction)},
+            facts=_facts(problem, direction, settings),
         )
         measure(
             session.begin(comparison),
-            list(_providers(names, case, sets, direction)),
-            oracle,
-            Clock(device, short=True, target_ms=20.0, least=len(sets)),
+            [problem.provider(name, direction) for name in names],
+            problem.oracle(direction),
+            problem.clock(device),
             settings.rounds,
             limits=session.limits(settings.first_answer_s),
             tick=session.tick,
         )
 
 
-def _facts(case: Case, direction: Direction, settings: Settings) -> dict[str, Any]:
+def _facts(problem: Problem, direction: Direction, settings: Settings) -> dict[str, Any]:
+    case = problem.case
     options = [*case.options, *(() if case.act == "none" else (case.act,))]
+    numbers = [option for option in options if "=" in option]
     return {
         "case": case.id,
         "op": case.op,
         "shape": list(case.shape),
         "batch": case.shape[0],
         "layout": case.layout,
-        "options": " ".join(options),
+        "options": " ".join(option for option in options if option not in numbers),
+        "numbers": " ".join(numbers),
         "direction": direction,
         "dtype": settings.dtype,
         "device": settings.device,
+        "path": problem.call.path,
+        "reason": problem.call.reason,
     }
 
 

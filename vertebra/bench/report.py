@@ -32,6 +32,8 @@ def _conclude(report: Report, sentences: Iterable[str], console: Console) -> Non
         sentences = (*sentences, _measured(report.ceilings))
     for sentence in (*sentences, *report.notes):
         console.print(f"- {sentence}", markup=False, highlight=False)
+    for failure in report.failures:
+        console.print(f"FAILED: {failure}", style="red", markup=False, highlight=False)
     if report.interrupted:
         console.print("Interrupted: what was done until then is kept.", style="yellow")
 
@@ -101,7 +103,7 @@ def _table(comparison: Comparison, ceilings: Ceilings | None, width: int) -> Tab
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.rows:
-        style = "red" if row.failed else "" if row.peer else "bold"
+        style = "red" if row.refused else "" if row.peer else "bold"
         cells = [lines[row.provider].get(heading, "") for heading in headings]
         table.add_row(row.provider, *cells, style=style)
     return table
@@ -170,20 +172,23 @@ def _bytes(size: int) -> str:
 
 
 def show_kernels(report: Report, console: Console) -> None:
-    """Print a table per op, a line per comparison: everybody's time, and how good our best is."""
-    ops: dict[str, list[Comparison]] = {}
+    """Print a table per way to call an op, a line per case and pass: how long everybody takes."""
+    calls: dict[str, list[Comparison]] = {}
     for comparison in report.comparisons:
         facts = comparison.facts
-        ops.setdefault(f"{facts['op']}, {facts['dtype']}", []).append(comparison)
-    for title, comparisons in ops.items():
+        options = f" ({facts['options']})" if facts["options"] else ""
+        title = f"{facts['op']}{options}, {facts['dtype']}, on {facts['path']}: ms per call"
+        calls.setdefault(title, []).append(comparison)
+    for title, comparisons in calls.items():
         console.print(_kernels_table(title, comparisons, report.ceilings))
         for comparison in comparisons:
             for row in comparison.rows:
-                if row.detail:
+                if row.detail and row.status != "absent":
                     text = f"{comparison.name}, {row.provider}: {row.status}, {row.detail}"
                     console.print(text, markup=False, highlight=False)
     console.print(
-        "ms per call, medians; ± is half the distance of the quartiles; saved by ours, of eager's"
+        "Medians. ±: half the distance between the quartiles; ±, GB/s, of floor, x peer and saved "
+        "are of our fastest; saved: what it keeps for the backward pass, of what eager keeps."
     )
     _conclude(report, tally(report), console)
 
@@ -191,26 +196,26 @@ def show_kernels(report: Report, console: Console) -> None:
 def _kernels_table(
     title: str, comparisons: Sequence[Comparison], ceilings: Ceilings | None
 ) -> Table:
-    providers = list(dict.fromkeys(row.provider for c in comparisons for row in c.rows))
-    table = plain_table(f"{title}: ms per call", "case")
-    table.add_column("options", no_wrap=True, max_width=26)
-    for heading in ("pass", "path"):
-        table.add_column(heading, no_wrap=True)
+    rows = [row for comparison in comparisons for row in comparison.rows]
+    providers = list(dict.fromkeys(row.provider for row in rows if row.status != "absent"))
+    table = plain_table(title, "case")
+    table.add_column("pass", no_wrap=True)
     for heading in (*providers, "±", "GB/s", "of floor", "x peer", "saved"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading.replace("-", "-\n").replace(" ", "\n"), justify="right")
     for comparison in comparisons:
         facts = comparison.facts
-        rows = {row.provider: row for row in comparison.rows}
+        by_name = {row.provider: row for row in comparison.rows}
         ours = comparison.best(peer=False)
         best = {} if ours is None else _cells(comparison, ours, ceilings)
         shape = "x".join(map(str, facts["shape"]))
-        cells = [f"{shape} {facts['layout']}", facts["options"], facts["direction"], facts["path"]]
+        cells = [f"{shape} {facts['layout']} {facts['numbers']}", facts["direction"]]
         for name in providers:
-            row = rows.get(name)
-            cells.append("" if row is None else _cells(comparison, row, ceilings)["ms"])
+            row = by_name.get(name)
+            here = row if row is not None and row.status != "absent" else None
+            cells.append("-" if here is None else _cells(comparison, here, ceilings)["ms"])
         cells += [best.get(heading, "") for heading in ("±", "GB/s", "of floor", "x peer")]
-        failed = any(row.failed for row in comparison.rows)
-        table.add_row(*cells, _saved(rows.values(), ours), style="red" if failed else "")
+        refused = any(row.refused for row in comparison.rows)
+        table.add_row(*cells, _saved(comparison.rows, ours), style="red" if refused else "")
     return table
 
 

@@ -53,7 +53,12 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Whether the run as a whole must fail because of this row."""
+        """Whether the run as a whole must fail because of this row, which is ours."""
+        return self.refused and not self.peer
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was not timed because of what it did."""
         return self.status in ("WRONG", "FAILED")
 
 
@@ -113,12 +118,15 @@ class Report:
     comparisons: list[Comparison] = field(default_factory=list[Comparison])
     notes: list[str] = field(default_factory=list[str])
     ceilings: Ceilings | None = None
+    failures: list[str] = field(default_factory=list[str])
+    """Of what could not be measured at all, why."""
     interrupted: bool = False
 
     @property
     def failed(self) -> bool:
-        """Whether any answer was wrong or missing."""
-        return any(row.failed for comparison in self.comparisons for row in comparison.rows)
+        """Whether any answer of ours was wrong or missing."""
+        rows = (row for comparison in self.comparisons for row in comparison.rows)
+        return bool(self.failures) or any(row.failed for row in rows)
 
     def save(self, path: Path) -> None:
         """Write JSON, so that an interruption leaves the old file or the new one."""

@@ -142,20 +142,12 @@ def _prepare(
     reserved = reserved_bytes(clock.device)
     try:
         with _recorded(row), _within(min(left, limits.first_answer_s)):
-            step = provider.make()
-            with _cold_compiler():
-                start = time.perf_counter()
-                answers = step(0)
-                synchronize(clock.device)
-                row.first_call_s = time.perf_counter() - start
-            _check(row, answers, oracle)
-            del answers
-            if row.status != "ok":
-                return None
-            _weigh(row, step, clock.device, reserved)
-            timer = clock.timer(step, provider.capturable)
-            row.calls_per_sample, row.method = timer.calls, timer.method
-            return timer
+            step = first_answer(provider, row, oracle, clock.device)
+            if row.status == "ok":
+                _weigh(row, step, clock.device, reserved)
+                timer = clock.timer(step, provider.capturable)
+                row.calls_per_sample, row.method = timer.calls, timer.method
+                return timer
     except OutOfTime:
         if limits.first_answer_s < left:
             row.status = "slow"
@@ -163,6 +155,18 @@ def _prepare(
         else:
             row.status, row.detail = "late", "the time was over before it had an answer"
     return None
+
+
+def first_answer(provider: Provider, row: Row, oracle: Oracle, device: torch.device) -> Step:
+    """Build a provider and check its first answer, which may take it long; note both."""
+    step = provider.make()
+    with _cold_compiler():
+        start = time.perf_counter()
+        answers = step(0)
+        synchronize(device)
+        row.first_call_s = time.perf_counter() - start
+    _check(row, answers, oracle)
+    return step
 
 
 @contextmanager

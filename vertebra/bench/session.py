@@ -128,6 +128,10 @@ class Session:
         earlier = {c.name: c for c in self.report.comparisons if c.name in task.names}
         try:
             task.make(self)
+        except Exception as error:  # of the setting up: what a provider raises is in its row
+            reason = f"{task.names[0]}: {type(error).__name__}: {error}".partition("\n")[0]
+            self.report.failures.append(reason)
+            self.say(reason)
         finally:
             for comparison in list(self.report.comparisons):
                 kept = earlier.get(comparison.name, comparison)

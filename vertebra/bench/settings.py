@@ -82,7 +82,7 @@ class Settings:
         device = given(device, "cuda" if torch.cuda.is_available() else "cpu")
         gpu = device.startswith("cuda")
         if not batches and not (own_batches and gpu and not tiny and sweep is None):
-            batches = [2 if tiny else 256 if gpu else 4]
+            batches = [256 if gpu and not tiny else 4]
         if sweep is not None:
             if sweep != "batch" or len(batches) != 1:
                 raise ValueError(f"sweep must be 'batch', up to one batch; got {sweep!r}")

@@ -54,7 +54,7 @@ def _model(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 
 def _kernel(comparison: Comparison, row: Row) -> dict[str, Any]:
-    names = ("case", "op", "direction", "layout", "options", "path")
+    names = ("case", "op", "direction", "layout", "options", "numbers", "path")
     return {name: comparison.facts[name] for name in names}
 
 
