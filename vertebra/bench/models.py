@@ -48,7 +48,7 @@ def tasks(names: Sequence[str], settings: Settings, mode: Mode) -> list[Task]:
     Raises:
         ValueError: there is no such model.
     """
-    _check(names)
+    check(names)
     chosen = [name for name in names or default_models(settings) if settings.match in name]
     providers = settings.providers or [n for n, v in VARIANTS.items() if v.suits(settings, mode)]
     steps = len(providers) + settings.rounds + 2
@@ -63,7 +63,8 @@ def tasks(names: Sequence[str], settings: Settings, mode: Mode) -> list[Task]:
     ]
 
 
-def _check(names: Sequence[str]) -> None:
+def check(names: Sequence[str]) -> None:
+    """Raise ValueError where one of them is no model of ours."""
     known = list_models()
     for name in names:
         if name not in known:
