@@ -295,6 +295,83 @@ def _floors(kind: str, options: dict[str, Any]) -> None:
         raise usage_error(error) from None
 
 
+@bench.command("compile")
+def compiling(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Any of `vertebra list` (some of each family).")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Images per call; others follow from it (256; CPU: 4).")
+    ] = None,
+    image_size: ImageSize = None,
+    layout: Annotated[str | None, typer.Option(help="nchw or nhwc (nhwc).")] = None,
+    providers: Providers = None,
+    filter: Filter = "",
+    rounds: Rounds = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything, small.")] = False,
+    direction: Annotated[str | None, typer.Option(help="forward,training (both).")] = None,
+    mode: Annotated[str | None, typer.Option(help="Inductor's, comma-separated (all).")] = None,
+    aspect: Annotated[
+        str | None, typer.Option(help="graphs,starts,steady,shapes (all of them).")
+    ] = None,
+    blocks: Annotated[bool, typer.Option(help="Blocks of the models too.")] = True,
+    backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
+    tiny: Tiny = False,
+    minutes: Minutes = None,
+    patience: Annotated[
+        float | None, typer.Option(help="Seconds for a process, from start to end (300).")
+    ] = None,
+    json: Json = None,
+    csv: Csv = None,
+    plot: Plot = None,
+    resume: Resume = False,
+) -> None:
+    """Compare with torch.compile: graphs, cold starts, speed, memory, changing shapes.
+
+    The peer's model, ours, and the peer's on our ops, each eager and compiled.
+    """
+    from .compile import charts, tables
+    from .compile.plan import Plan
+    from .compile.tasks import tasks
+    from .session import Session
+
+    try:
+        plan = Plan.of(
+            quick=quick,
+            directions=_split(direction),
+            modes=_split(mode),
+            aspects=_split(aspect),
+            blocks=blocks,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            batches=_numbers(batch),
+            image_size=image_size,
+            rounds=rounds,
+            providers=_split(providers),
+            layouts=_split(layout),
+            match=filter,
+            minutes=minutes,
+            first_answer_s=patience,
+            tiny=tiny,
+        )
+        todo = tasks(names or [], plan)
+        path = json or Path("bench/out/compile.json")
+        session = Session.open("compile", plan, path, resume=resume)
+    except ValueError as error:
+        raise usage_error(error) from None
+    found = session.run(todo)
+    tables.show(found, console(160))
+    for target, write in ((csv, tables.write), (plot, charts.draw)):
+        if target is not None:
+            write(found, target)
+    written = ", ".join(str(target) for target in (path, csv, plot) if target is not None)
+    console().print(f"written: {written}", highlight=False)
+    leave(found)
+
+
 def leave(report: Report) -> NoReturn:
     """Exit with 0, with 1 where an answer was wrong or missing, with 130 after Ctrl-C."""
     raise typer.Exit(INTERRUPTED if report.interrupted else int(report.failed))
