@@ -10,7 +10,7 @@ TESTS      := --doctest-modules tests vertebra/kernels vertebra/nn vertebra/mode
 A_PART     := --typed sm_90 --sampled sm_80 sm_89 sm_100 gfx942
 
 .DEFAULT_GOAL := help
-.PHONY: help bench microbench test test-all check aot aot-all gpu docs clean
+.PHONY: help bench microbench test test-all check aot aot-all gpu report docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' Makefile | expand -t 46
@@ -23,10 +23,10 @@ microbench: $(READY)  ## the ops by pytest-benchmark, saved; ARGS=--benchmark-co
 		--benchmark-autosave --benchmark-storage=.benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 test: aot  ## the kernels' compile gate, then the tests and the examples in docstrings
-	$(BIN)/python -m pytest -n auto -m "not thorough" --hypothesis-profile=ci $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not thorough" --hypothesis-profile=ci $(TESTS)
 
 test-all: aot-all  ## the same with nothing left out: slow
-	$(BIN)/python -m pytest -n auto $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 check: $(READY)  ## lint, format, types, and the bans of .pre-commit-config.yaml
 	$(BIN)/ruff check .
@@ -47,6 +47,9 @@ gpu:  ## test and measure on this machine's GPU; results go to $OUT, else bench/
 
 gpu-%:  ## one stage of it, at most 8 minutes: test, kernels, models or train
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu --stage $*
+
+report: $(READY)  ## write tables and charts of README and docs from committed results
+	$(BIN)/python -m vertebra report
 
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

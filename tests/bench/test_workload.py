@@ -35,7 +35,7 @@ def test_every_image_comes_equally_often(batch, monkeypatch) -> None:
     "mode", ["forward", pytest.param("training", marks=pytest.mark.thorough), "sgd"]
 )
 def test_the_truth_of_the_distinct_images_is_that_of_the_batch(mode) -> None:
-    work = workload(33)
+    work = workload(33)  # eleven images, three times each
     oracle = work.oracle(mode)
     (provider,) = work.providers(["vertebra-nhwc"], mode)
     step = provider.make()

@@ -49,6 +49,26 @@ Json = Annotated[
 ]
 Csv = Annotated[Path | None, typer.Option(help="Also write a table, for models in timm's columns.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw a chart: .png, .svg, .pdf.")]
+Floor = Annotated[
+    bool,
+    typer.Option(
+        "--floor", help="The least that each part can take, and how, in place of comparing."
+    ),
+]
+_FLOOR = "With --floor"
+Machine = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=_FLOOR, help="Whose rates: h200-bf16 (measured here)."),
+]
+Bandwidth = Annotated[
+    float | None, typer.Option(rich_help_panel=_FLOOR, help="GB/s, read and written.")
+]
+TensorRate = Annotated[
+    float | None, typer.Option(rich_help_panel=_FLOOR, help="TFLOP/s of matrix products.")
+]
+FmaRate = Annotated[
+    float | None, typer.Option(rich_help_panel=_FLOOR, help="TFLOP/s of other arithmetic.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the file of --json.")]
 
 
@@ -124,7 +144,7 @@ def main_job(
 @bench.command()
 def kernels(
     context: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="(all)")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="OP", help="(all)")] = None,
     device: Device = None,
     dtype: Dtype = None,
     batch: Batch = None,
@@ -154,7 +174,7 @@ def _models(
     context: typer.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Of `vertebra list` (some of each family)."),
+        typer.Argument(metavar="MODEL", help="Of `vertebra list` (some of each family)."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -173,11 +193,18 @@ def _models(
     csv: Csv = None,
     plot: Plot = None,
     resume: Resume = False,
+    floor: Floor = False,
+    machine: Machine = None,
+    bandwidth: Bandwidth = None,
+    tensor_rate: TensorRate = None,
+    fma_rate: FmaRate = None,
 ) -> None:
     from .models import tasks
     from .workload import VARIANTS
 
     kind = str(context.info_name)
+    if floor:
+        return _floors(kind, context.params)
     mode = "forward" if kind == "models" else "sgd"
     _measure(kind, context.params, VARIANTS, partial(tasks, mode=mode))
 
@@ -190,6 +217,28 @@ bench.command(
 )(_models)
 
 
+def _settings(kind: str, options: dict[str, Any], known: Collection[str]) -> Settings:
+    from .settings import Settings
+
+    return Settings.choose(
+        device=options["device"],
+        dtype=options["dtype"],
+        batches=_numbers(options["batch"]),
+        sweep=options["sweep"],
+        own_batches=kind == "kernels",
+        image_size=options.get("image_size"),
+        seed=options.get("seed", 0),
+        rounds=options["rounds"],
+        providers=_split(options["providers"]),
+        layouts=_split(options["layout"]),
+        match=options["filter"],
+        minutes=options["minutes"],
+        first_answer_s=options["patience"],
+        tiny=options["tiny"],
+        known=known,
+    )
+
+
 def _measure(
     kind: str,
     options: dict[str, Any],
@@ -199,26 +248,9 @@ def _measure(
     """Run what the options of a command ask for, show it and write it, and leave."""
     from . import charts, report, tables
     from .session import Session
-    from .settings import Settings
 
     try:
-        settings = Settings.choose(
-            device=options["device"],
-            dtype=options["dtype"],
-            batches=_numbers(options["batch"]),
-            sweep=options["sweep"],
-            own_batches=kind == "kernels",
-            image_size=options.get("image_size"),
-            seed=options.get("seed", 0),
-            rounds=options["rounds"],
-            providers=_split(options["providers"]),
-            layouts=_split(options["layout"]),
-            match=options["filter"],
-            minutes=options["minutes"],
-            first_answer_s=options["patience"],
-            tiny=options["tiny"],
-            known=known,
-        )
+        settings = _settings(kind, options, known)
         todo = tasks(options["names"] or [], settings)
         if not todo:
             raise ValueError(f"filter: nothing is called so; got {settings.match!r}")
@@ -239,6 +271,36 @@ def _measure(
         written.append(options["plot"])
     console().print(f"written: {', '.join(map(str, written))}", highlight=False)
     leave(found)
+
+
+def _floors(kind: str, options: dict[str, Any]) -> None:
+    """Show rooflines, with the rates of this machine or of another."""
+    from . import floors
+    from .models import chosen
+
+    def given(name: str, unit: float) -> float | None:
+        return None if options[name] is None else options[name] * unit
+
+    rates = {
+        "bytes": given("bandwidth", 1e9),
+        "tensor": given("tensor_rate", 1e12),
+        "fma": given("fma_rate", 1e12),
+    }
+    try:
+        settings = _settings(kind, options, ())
+        floors.run(
+            chosen(options["names"] or [], settings),
+            settings,
+            training=kind == "train",
+            machine=options["machine"],
+            rates=rates,
+            console=console(150),
+            say=log().print,
+            plots=options["plot"],
+            data=options["json"],
+        )
+    except ValueError as error:
+        raise usage_error(error) from None
 
 
 def leave(report: Report) -> NoReturn:

@@ -95,7 +95,7 @@ def tally(report: Report) -> Iterator[str]:
 
 
 def _table(comparison: Comparison, ceilings: Ceilings | None, width: int) -> Table:
-    lines = {row.provider: _cells(comparison, row, ceilings) for row in comparison.rows}
+    lines = {row.provider: columns(comparison, row, ceilings) for row in comparison.rows}
     headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
     if width < _NARROW:
         headings = [h for h in headings if h not in ("TFLOP/s", "top-1", "of budget")]
@@ -117,7 +117,7 @@ def plain_table(title: str, first: str) -> Table:
     return table
 
 
-def _cells(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
+def columns(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
     """Return what there is to say about a row, by heading."""
     cells: dict[str, str] = {"ms": row.status}
     if row.status == "ok" and not row.samples_ms:
@@ -206,13 +206,13 @@ def _kernels_table(
         facts = comparison.facts
         by_name = {row.provider: row for row in comparison.rows}
         ours = comparison.best(peer=False)
-        best = {} if ours is None else _cells(comparison, ours, ceilings)
+        best = {} if ours is None else columns(comparison, ours, ceilings)
         shape = "x".join(map(str, facts["shape"]))
         cells = [f"{shape} {facts['layout']} {facts['numbers']}", facts["direction"]]
         for name in providers:
             row = by_name.get(name)
             here = row if row is not None and row.status != "absent" else None
-            cells.append("-" if here is None else _cells(comparison, here, ceilings)["ms"])
+            cells.append("-" if here is None else columns(comparison, here, ceilings)["ms"])
         cells += [best.get(heading, "") for heading in ("±", "GB/s", "of floor", "x peer")]
         refused = any(row.refused for row in comparison.rows)
         table.add_row(*cells, _saved(comparison.rows, ours), style="red" if refused else "")

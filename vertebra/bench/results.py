@@ -43,6 +43,8 @@ class Row:
     """How it was timed, `clock.Method`."""
     peak_bytes: int | None = None
     saved_bytes: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What else is known of it, by whoever measured it."""
 
     @property
     def median_ms(self) -> float:

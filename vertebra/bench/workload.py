@@ -115,10 +115,8 @@ class Workload:
         seed: int = 0,
     ) -> Workload:
         """Build the reference model, randomise it, and load its weights into ours."""
-        distinct = next((n for n in range(32, 7, -1) if batch % n == 0), batch)
+        distinct, index = shuffled(batch, seed)
         images = photos.batch(distinct, size)
-        generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(batch, generator=generator) % distinct
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             library, reference = peers.reference_model(name)
@@ -149,7 +147,7 @@ class Workload:
         for seed in range(4):
             model = copy.deepcopy(self.reference)
             if seed >= 2:
-                _jitter(model, seed)
+                jitter(model, seed)
             run = self._place(model, self.library, channels_last=seed % 2 == 1, mode=mode)
             oracle.calibrate(run(0))
         return oracle
@@ -243,37 +241,57 @@ class Workload:
         compile: CompileMode | None = None,
     ) -> Step:
         model.train(mode != "forward")
-        if mode == "forward" or not _is_half(dtype):
+        if mode == "forward" or not is_half(dtype):
             model = model.to(dtype)
-        run = model if compile is None else _compiled(model, compile)
+        run = model if compile is None else compiled(model, compile)
         if library == "transformers":
             run = _Logits(run)
         if mode == "forward":
             return _Inference(run, inputs)
-        return _Training(model, run, self._named(model, library), inputs, labels, dtype, mode)
+        return _Training(model, run, self.named(model, library), inputs, labels, dtype, mode)
 
-    def _named(self, model: nn.Module, library: str) -> list[_Named]:
+    def named(self, model: nn.Module, library: str) -> list[Named]:
         """Return the parameters under our names, in our shapes."""
         own = dict(self.ours.named_parameters())
-        back = {key: key for key in own}
-        if library != "vertebra":
-            names = LAYOUTS[self.ours.family][library].names(self.ours.state_dict().keys())
-            back = {theirs: key for key, theirs in names.items()}
+        back = {theirs: key for key, theirs in self.keys_in(library).items()}
         named = [(back[theirs], parameter) for theirs, parameter in model.named_parameters()]
-        return [_Named(f"gradients:{key}", p, own[key].shape) for key, p in named]
+        return [Named(f"gradients:{key}", p, own[key].shape) for key, p in named]
+
+    def keys_in(self, library: str) -> dict[str, str]:
+        """Return what a library calls what is in our `state_dict`."""
+        keys = self.ours.state_dict().keys()
+        if library == "vertebra":
+            return {key: key for key in keys}
+        return LAYOUTS[self.ours.family][library].names(keys)
 
 
-class _Named(NamedTuple):
+def shuffled(batch: int, seed: int) -> tuple[int, Tensor]:
+    """Return how many images a batch is made of, and which one stands where: each equally often."""
+    distinct = next((n for n in range(32, 7, -1) if batch % n == 0), batch)
+    generator = torch.Generator().manual_seed(seed)
+    return distinct, torch.randperm(batch, generator=generator) % distinct
+
+
+class Named(NamedTuple):
+    """A parameter of any library, with the name of its gradient and the shape that it has here."""
+
     name: str
     parameter: nn.Parameter
     shape: torch.Size
 
 
-def _is_half(dtype: torch.dtype) -> bool:
+def is_half(dtype: torch.dtype) -> bool:
+    """Return whether training in this type is autocast's."""
     return dtype in (torch.float16, torch.bfloat16)
 
 
-def _compiled(model: nn.Module, mode: CompileMode) -> Callable[[Tensor], Any]:
+def compiled(
+    model: nn.Module,
+    mode: CompileMode = "default",
+    dynamic: bool | None = False,
+    backend: str = "inductor",
+) -> Callable[[Tensor], Any]:
+    """Return what `torch.compile` makes of a model; modes are Inductor's."""
     options: dict[str, Any] = {}
     if mode == "freezing":
         options = {"freezing": True}
@@ -283,7 +301,7 @@ def _compiled(model: nn.Module, mode: CompileMode) -> Callable[[Tensor], Any]:
     if mode == "max-autotune":
         # Triton 3.6 miscompiles Inductor's own convolution kernels at 8 warps (pytorch#173068)
         options["max_autotune_conv_backends"] = "ATEN"
-    return torch.compile(model, dynamic=False, options=options)
+    return torch.compile(model, backend=backend, dynamic=dynamic, options=options or None)
 
 
 @dataclass(frozen=True)
@@ -313,7 +331,7 @@ class _Training:
 
     model: nn.Module
     run: Callable[[Tensor], Tensor]
-    named: list[_Named]
+    named: list[Named]
     inputs: list[Tensor]
     labels: Tensor
     dtype: torch.dtype
@@ -334,7 +352,7 @@ class _Training:
         """Return the logits, with their graph."""
         torch.compiler.cudagraph_mark_step_begin()  # max-autotune: the last answer is done with
         x = self.inputs[i % len(self.inputs)]
-        half = self.dtype if _is_half(self.dtype) else None
+        half = self.dtype if is_half(self.dtype) else None
         with torch.autocast(x.device.type, half, enabled=half is not None):
             return self.run(x)
 
@@ -354,7 +372,7 @@ class _Training:
 
 
 @torch.no_grad()
-def _jitter(model: nn.Module, seed: int) -> None:
+def jitter(model: nn.Module, seed: int) -> None:
     """Move every weight by at most one rounding."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

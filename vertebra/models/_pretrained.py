@@ -104,6 +104,12 @@ def weights_of(model: str) -> type[Weights] | None:
     return next((e for e in ENUMS.values() if e["DEFAULT"].value.model == model), None)
 
 
+def member_of(model: str, name: str) -> Weights | None:
+    """Return the weights of a model that have `name` among its own: "DEFAULT" and the like."""
+    published = weights_of(model)
+    return published.__members__.get(name) if published else None
+
+
 # model, torchvision's name for its weights, version, sha256, size resized to, top-1, top-5
 _TORCHVISION = """
 resnet18 ResNet18 V1 f37072fd 256 69.758 89.078
