@@ -1,123 +1,129 @@
 """`make gpu` on a CPU: the stages run, write, take up where they stopped, and end in time."""
 
-import os
+import signal
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from vertebra.bench import gpu
-from vertebra.bench.gpu import Options
+from vertebra.bench.gpu import Options, Stage
 from vertebra.bench.results import Report
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer")
 
-ENDLESS = "import time\nwhile True: time.sleep(1)"
-STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{ENDLESS}"
+HERE = Options("cpu", tiny=True, minutes=8.0, match="", out=Path("out"))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # a stage is a process of its own
     options = ["--device", "cpu", "--tiny", "--out", str(out), *arguments]
     monkeypatch.setattr(sys, "argv", ["gpu", *options])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # which is for processes of its own
     return gpu.main()
 
 
-def python(program: str) -> gpu.Stage:
-    return lambda _: [sys.executable, "-c", program]
+def python(code: str) -> Stage:
+    return lambda _: [sys.executable, "-c", code]
 
 
-def options(out: Path, minutes: float) -> Options:
-    return Options("cpu", True, minutes, "", out)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage", ["kernels", pytest.param("models", marks=[pytest.mark.parity, pytest.mark.thorough])]
+)
+def test_a_stage_takes_up_where_it_stopped(monkeypatch, tmp_path, stage, capfd) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    match = "global_avg_pool" if stage == "kernels" else "convnext"
+    assert run(monkeypatch, tmp_path, "--stage", stage, "--match", match) == 0
+    path = tmp_path / f"gpu-{stage}.json"
+    first = Report.load(path)
+    assert all(comparison.complete for comparison in first.comparisons)
+    assert first.ceilings is not None
+    for suffix in (".csv", ".png"):
+        assert path.with_suffix(suffix).stat().st_size > 100
+    assert run(monkeypatch, tmp_path, "--stage", stage, "--match", match) == 0
+    assert f"{len(first.comparisons)} comparisons are there already" in capfd.readouterr().err
+    assert Report.load(path) == first
 
 
-@pytest.mark.parity
-def test_a_stage_writes_everything_and_takes_up_where_it_stopped(monkeypatch, tmp_path) -> None:
-    arguments = ("--stage", "models", "--match", "resnet18")
-    assert run(monkeypatch, tmp_path, *arguments) == 0
-    first = Report.load(tmp_path / "gpu-models.json")
-    assert [c.complete for c in first.comparisons] == [True]
-    assert {row.status for c in first.comparisons for row in c.rows} <= {"ok", "absent"}
-    assert (tmp_path / "gpu-models.csv").read_text().count("\n") > 1
-    assert (tmp_path / "gpu-models.png").stat().st_size > 1000
-    assert run(monkeypatch, tmp_path, *arguments) == 0
-    assert Report.load(tmp_path / "gpu-models.json").comparisons == first.comparisons
+def test_every_stage_is_a_command_with_the_options_it_is_given() -> None:
+    from vertebra.bench.cli import bench
+
+    commands: Any = typer.main.get_command(bench).commands
+    for name, stage in gpu.STAGES.items():
+        if name == "test":
+            continue
+        arguments = stage(replace(HERE, match="resnet"))
+        command = commands[arguments[arguments.index("bench") + 1]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        given = {argument for argument in arguments if argument.startswith("--")}
+        assert given <= known
+        assert {"--resume", "--json", "--minutes", "--filter", "--tiny"} <= given
+        minutes = float(arguments[arguments.index("--minutes") + 1])
+        assert 6 < minutes < gpu._INTERRUPT * 8  # pyright: ignore
 
 
-@pytest.mark.parity
-@pytest.mark.thorough
-@pytest.mark.parametrize("stage", ["kernels", "train", "test"])
-def test_every_stage_runs_to_its_end(monkeypatch, tmp_path, stage) -> None:
-    assert run(monkeypatch, tmp_path, "--stage", stage) == 0
-    suffix = "xml" if stage == "test" else "json"
-    assert (tmp_path / f"gpu-{stage}.{suffix}").stat().st_size > 100
-
-
-def test_a_stage_is_a_command_with_its_deadline(tmp_path) -> None:
-    command = gpu.STAGES["kernels"](options(tmp_path, minutes=8))
-    assert command[1:5] == ["-m", "vertebra", "bench", "kernels"]
-    assert "--resume" in command
-    assert float(command[command.index("--minutes") + 1]) < 8
-
-
-def test_a_stage_that_does_not_end_is_interrupted(monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(gpu.STAGES, "models", python(ENDLESS))
-    assert gpu.run("models", options(tmp_path, minutes=0.01)) != 0
-
-
-def test_one_that_will_not_hear_is_killed_and_counts_as_cut_off(
-    monkeypatch, tmp_path, capsys
-) -> None:
-    monkeypatch.setitem(gpu.STAGES, "models", python(STUBBORN))
-    assert run(monkeypatch, tmp_path, "--stage", "models", "--minutes", "0.02") == 0
-    assert "cut off, run again for the rest: models" in capsys.readouterr().out
-
-
-def test_nothing_that_a_stage_started_outlives_it(monkeypatch, tmp_path) -> None:
-    pid = tmp_path / "pid"
-    program = (
-        "import subprocess, sys\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {ENDLESS!r}])\n"
-        f"open({str(pid)!r}, 'w').write(str(child.pid))"
-    )
-    monkeypatch.setitem(gpu.STAGES, "models", python(program))
-    assert gpu.run("models", options(tmp_path, minutes=1)) == 0
-    child = int(pid.read_text())
-    deadline = time.monotonic() + 10
-    while _runs(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not _runs(child)
-
-
-def _runs(pid: int) -> bool:
-    """Return whether a process exists and is no zombie, which only its parent can bury."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-
-
-def test_a_failed_stage_fails_the_run_and_the_next_one_runs(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setitem(gpu.STAGES, "models", python("raise SystemExit(1)"))
-    monkeypatch.setitem(gpu.STAGES, "train", python("print('here')"))
-    assert run(monkeypatch, tmp_path, "--stage", "models", "--stage", "train") == 1
-    assert "failed: models" in capsys.readouterr().out
-
-
-def test_kept_results_are_where_a_stage_begins(monkeypatch, tmp_path) -> None:
-    kept, out = tmp_path / "kept", tmp_path / "out"
+def test_results_that_are_kept_are_taken_up(monkeypatch, tmp_path) -> None:
+    kept = tmp_path / "kept"
     kept.mkdir()
-    out.mkdir()
-    (kept / "gpu-models.json").write_text("{}")
+    (kept / "gpu-stub.json").write_text("from before")
     monkeypatch.setattr(gpu, "RESULTS", kept)
-    monkeypatch.setitem(gpu.STAGES, "models", python(""))
-    assert gpu.run("models", options(out, minutes=1)) == 0
-    assert (out / "gpu-models.json").read_text() == "{}"
+    monkeypatch.setitem(gpu.STAGES, "stub", python("pass"))
+    assert run(monkeypatch, tmp_path / "out", "--stage", "stub") == 0
+    assert (tmp_path / "out" / "gpu-stub.json").read_text() == "from before"
+
+
+def test_a_stage_that_does_not_end_is_interrupted(monkeypatch, tmp_path, capfd) -> None:
+    code = "import sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: sys.exit(130)"
+    monkeypatch.setitem(gpu.STAGES, "stub", python(code))
+    begin = time.monotonic()
+    assert run(monkeypatch, tmp_path, "--stage", "stub", "--minutes", "0.05") == 0
+    assert time.monotonic() - begin < 30
+    assert "cut off, run again for the rest: stub" in capfd.readouterr().out
+
+
+def test_a_stage_that_will_not_hear_is_killed_with_all_it_started(monkeypatch, tmp_path) -> None:
+    pid = tmp_path / "pid"
+    code = f"""
+import signal, subprocess, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "600"])
+open({str(pid)!r}, "w").write(str(child.pid))
+time.sleep(600)
+"""
+    monkeypatch.setitem(gpu.STAGES, "stub", python(code))
+    begin = time.monotonic()
+    assert gpu.run("stub", replace(HERE, minutes=0.05, out=tmp_path)) == -signal.SIGKILL
+    assert time.monotonic() - begin < 30
+    child = int(pid.read_text())
+    while time.monotonic() - begin < 30 and _is_running(child):
+        time.sleep(0.05)
+    assert not _is_running(child)
+
+
+def _is_running(pid: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def test_a_stage_that_fails_fails_the_run_and_the_next_one_runs(
+    monkeypatch, tmp_path, capfd
+) -> None:
+    monkeypatch.setattr(
+        gpu, "STAGES", {"bad": python("raise SystemExit(1)"), "good": python("print('done')")}
+    )
+    assert run(monkeypatch, tmp_path) == 1
+    out = capfd.readouterr().out
+    assert "done" in out
+    assert "failed: bad" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -35,6 +35,7 @@ Providers = Annotated[
 ]
 Filter = Annotated[str, typer.Option(help="Only what has this in its name.")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels per side (224).")]
+Seed = Annotated[int, typer.Option(help="Of the random weights.")]
 Sweep = Annotated[
     str | None, typer.Option(help="'batch': 1, 2, 4 (on a GPU 4, 16) ... up to --batch.")
 ]
@@ -111,6 +112,7 @@ def main_job(
         int | None, typer.Option(help="Samples per provider (20; on a CPU 10).")
     ] = None,
     providers: Providers = None,
+    seed: Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Three rounds, nothing compiled.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for JSON and chart.")] = Path("bench/out"),
 ) -> None:
@@ -124,12 +126,13 @@ def main_job(
 
     try:
         settings = job.choose(
-            batch=batch,
+            batches=[] if batch is None else [batch],
             image_size=image_size,
             dtype=dtype,
             device=device,
             rounds=rounds,
             providers=_split(providers),
+            seed=seed,
             quick=quick,
         )
         report = job.run(model, settings, out, console(120))
@@ -141,7 +144,7 @@ def main_job(
 @bench.command()
 def kernels(
     context: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(help="Ops (all).")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="OP", help="(all)")] = None,
     device: Device = None,
     dtype: Dtype = None,
     batch: Batch = None,
@@ -170,12 +173,14 @@ def kernels(
 def _models(
     context: typer.Context,
     names: Annotated[
-        list[str] | None, typer.Argument(help="Any of `vertebra list` (some of each family).")
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Of `vertebra list` (some of each family)."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
     batch: Batch = None,
     image_size: ImageSize = None,
+    seed: Seed = 0,
     layout: Layout = None,
     providers: Providers = None,
     filter: Filter = "",
@@ -222,6 +227,7 @@ def _settings(kind: str, options: dict[str, Any], known: Collection[str]) -> Set
         sweep=options["sweep"],
         own_batches=kind == "kernels",
         image_size=options.get("image_size"),
+        seed=options.get("seed", 0),
         rounds=options["rounds"],
         providers=_split(options["providers"]),
         layouts=_split(options["layout"]),
@@ -246,6 +252,8 @@ def _measure(
     try:
         settings = _settings(kind, options, known)
         todo = tasks(options["names"] or [], settings)
+        if not todo:
+            raise ValueError(f"filter: nothing is called so; got {settings.match!r}")
         path = options["json"] or Path(f"bench/out/{kind}.json")
         session = Session.open(kind, settings, path, resume=options["resume"])
     except ValueError as error:
