@@ -81,6 +81,7 @@ STAGES: dict[str, Stage] = {
     "models": measuring("models"),
     "train": measuring("train"),
     "compile": measuring("compile"),
+    "compile": measuring("compile"),
 }
 
 
