@@ -1,0 +1,190 @@
+"""What `vertebra.fuse` puts in the place of convolutions, linear layers and norms, for inference.
+
+    FusedConv2d   a convolution that adds a residual and ends in an activation, in one op
+    FusedLinear   the same for the pixels of (N, H, W, C)
+    Folded        where a norm was that the convolution before it has taken over
+    FoldedAct     the same for a norm that ends in an activation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeGuard
+
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import conv2d_act
+from ._act import fusible_act, has_hooks
+from ._drop import drop_add, is_idle
+from .conv_same import Conv2dSame, pad_same
+from .norm_act import FusesAct, pooled
+
+torch.fx.wrap("conv2d_act")  # a leaf: it looks at shapes, which a proxy does not have
+
+
+class FusedConv2d(nn.Conv2d):
+    """`act(conv(x) + residual)`: a `torch.nn.Conv2d` whose `forward` also takes what follows it.
+
+    Runs as `vertebra.kernels.conv2d_act`, with any padding that a `Conv2d` may have.
+
+    Attributes:
+        act: an activation that always follows, by the name the ops know it under, or "none".
+        mean: (1, C, 1, 1), subtracted from x before the padding; None for nothing.
+
+    >>> conv = FusedConv2d(3, 8, 3, padding=1)
+    >>> x = torch.randn(2, 3, 4, 4)
+    >>> bool((conv(x, residual=torch.zeros(2, 8, 4, 4), act="relu") >= 0).all())
+    True
+    """
+
+    mean: Tensor | None
+
+    def __init__(self, *args: Any, act: str = "none", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.act = act
+        self.register_buffer("mean", None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
+        if self.act != "none" and (residual is not None or act != "none"):
+            raise ValueError(f"this convolution ends in {self.act}: nothing more can follow it")
+        x, padding = self._padded(x if self.mean is None else x - self.mean)
+        return conv2d_act(
+            *(x, self.weight, self.bias, residual, self.act if act == "none" else act),
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return x with the padding that the op does not know, and the one that it does."""
+        if self.padding_mode != "zeros":
+            return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0
+        if self.padding == "same":  # one pixel more on the right and at the bottom if need be
+            return F.pad(x, self._reversed_padding_repeated_twice), 0
+        return x, 0 if self.padding == "valid" else self.padding
+
+    def extra_repr(self) -> str:
+        suffix = "" if self.act == "none" else f", act={self.act}"
+        return super().extra_repr() + suffix
+
+
+class FusedConv2dSame(FusedConv2d):
+    """`FusedConv2d` with TensorFlow's SAME padding, by image size."""
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        return pad_same(x, self.kernel_size, self.stride, self.dilation), 0
+
+
+class FusedLinear(nn.Linear):
+    """`act(fc(x) + residual)` of every pixel of (N, H, W, C): a `torch.nn.Linear` that takes more.
+
+    Runs as `vertebra.kernels.conv2d_act`, of size 1.
+    """
+
+    act: ClassVar[str] = "none"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
+        y = conv2d_act(
+            *(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias),
+            *(None if residual is None else residual.permute(0, 3, 1, 2), act),
+        )
+        return y.permute(0, 2, 3, 1)
+
+
+class Folded(nn.Module):
+    """Where a norm was: returns x, which the convolution before has normalised.
+
+    Args:
+        num_features: channels of x.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}"
+
+
+class FoldedAct(FusesAct, Folded):
+    """Where a norm was that ended in an activation: what is left of it.
+
+    Args:
+        num_features: channels of x.
+        drop: stands between the norm and the add.
+        act: the activation.
+    """
+
+    def __init__(self, num_features: int, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__(num_features)
+        self.drop = drop
+        self.act = act
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        pool: nn.Module | None = None,
+        drop: nn.Module | None = None,
+    ) -> Tensor:
+        drop = drop if isinstance(drop, nn.Module) else self.drop
+        return pooled(self.act(drop_add(drop, x, residual)), pool)
+
+
+class MlpNames(NamedTuple):
+    """Where a block has the MLP whose layers it gives to `linear_act`: its class's MLP."""
+
+    fc1: str
+    fc2: str
+    gamma: str | None = None  # multiplies what leaves fc2
+    refuses: Callable[[Any], str | None] = lambda block: None
+
+
+def is_fused(layer: nn.Module) -> TypeGuard[FusedConv2d | FusedLinear]:
+    """Return whether `layer` can run what follows it, and nobody watches it."""
+    is_one = isinstance(layer, (FusedConv2d, FusedLinear))
+    return is_one and layer.act == "none" and not has_hooks(layer)
+
+
+def takes_add(
+    branch: nn.Module, last: nn.Module, gamma: Tensor | None, drop: nn.Module | None
+) -> bool:
+    """Return whether `last` can run the add that ends a block, with nothing in between.
+
+    Nobody may watch `branch` either, which ends in it.
+    """
+    return is_fused(last) and gamma is None and is_idle(drop) and not has_hooks(branch)
+
+
+def linear_act(
+    layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Return `act(layer(x) + residual)`, in one op if `vertebra.fuse` made `layer` take it."""
+    if is_fused(layer) and not isinstance(x, torch.fx.Proxy):
+        name = "none" if act is None else fusible_act(act)
+        if name is not None:
+            return layer(x, residual, name)
+    y = layer(x)
+    y = y if residual is None else y + residual
+    return y if act is None else act(y)
+
+
+def epilogue(norm: nn.Module, act: nn.Module | None, drop: nn.Module | None) -> str | None:
+    """Return the activation that is all there is behind a convolution, but for an add, or None.
+
+    None if the norm is there still, or somebody watches what is left of it, or an op does not know
+    the activation, or `drop` does something.
+    """
+    if not isinstance(norm, Folded) or has_hooks(norm):
+        return None
+    if isinstance(norm, FoldedAct):
+        act, drop = norm.act, norm.drop if drop is None else drop
+    if not is_idle(drop):
+        return None
+    return "none" if act is None else fusible_act(act)
