@@ -3,7 +3,8 @@
 An op has two implementations of one contract. `eager` is the definition, in plain PyTorch:
 autograd, Inductor and every device know what to do with it. `triton` is the fast path.
 `Op.__call__` takes the fast path unless the op *refuses*, and a refusal is a sentence, so that
-`vertebra.explain` can show it and `backend("triton")` can raise it.
+`vertebra.explain` can show it and `backend("triton")` can raise it. An op with more implementations
+than these two *chooses* among them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "INTERPRETED",
     "Call",
+    "Choice",
     "Op",
     "Registered",
     "Traffic",
@@ -103,6 +105,14 @@ class Traffic(NamedTuple):
     backward: int
 
 
+class Choice(NamedTuple):
+    """How a call runs: the path that `explain` shows, the implementation, why it is not Triton."""
+
+    path: str
+    run: Callable[..., Any]
+    reason: str | None
+
+
 class Call(NamedTuple):
     """One call of an op, as `observe` reports it."""
 
@@ -114,10 +124,11 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One contract and its two implementations, all with the same positional arguments.
+    """One contract and its implementations, all with the same positional arguments.
 
     `check` raises for arguments that break the contract, by their types, shapes, devices and flags
     alone: a call of the signature of an earlier one (`_triton._signature`) has passed it already.
+    `choose` is for an op that has more than the two implementations: how "auto" runs a call.
     """
 
     name: str
@@ -126,13 +137,15 @@ class Op:
     triton: Callable[..., Any]
     refuses: Callable[..., str | None]
     traffic: Callable[..., Traffic]
+    choose: Callable[..., Choice] | None = None
 
     def __call__(self, *args: Any) -> Any:
         x = args[0]
         if (
             isinstance(x, Tensor)
             and (x.is_cuda or INTERPRETED)
-            and _forced != "eager"
+            # what is replayed is what "auto" chose
+            and (_forced == "auto" or (_forced == "triton" and self.choose is None))
             and _observer is None
             and not torch.compiler.is_compiling()
         ):
@@ -159,15 +172,25 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
-        reason = "backend is set to eager" if _forced == "eager" else self.refuses(*args)
-        if reason is not None and _forced == "triton":
+        choice = self._choice(*args)
+        if _observer is not None:
+            _observer(Call(self, args, choice.path, choice.reason))
+        return choice.run(*args)
+
+    def _choice(self, *args: Any) -> Choice:
+        if _forced == "eager":
+            return Choice("eager", self.eager, "backend is set to eager")
+        if _forced == "auto" and self.choose is not None:
+            return self.choose(*args)
+        reason = self.refuses(*args)
+        if reason is None:
+            return Choice("triton", self.triton, None)
+        if _forced == "triton":
             raise NotImplementedError(
                 f"{self.name} cannot run on Triton: {reason}. "
                 f'Use backend("auto") to let such calls run in eager PyTorch.'
             )
-        if _observer is not None:
-            _observer(Call(self, args, "triton" if reason is None else "eager", reason))
-        return self.triton(*args) if reason is None else self.eager(*args)
+        return Choice("eager", self.eager, reason)
 
 
 @contextmanager
