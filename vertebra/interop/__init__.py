@@ -7,9 +7,10 @@ from types import ModuleType
 
 from . import timm
 from .accelerate import Site, accelerate, report, restore
+from .fuse import fuse, unfused
 from .timm_backbone import TimmBackbone
 
-__all__ = ["Site", "TimmBackbone", "accelerate", "report", "restore", "timm"]
+__all__ = ["Site", "TimmBackbone", "accelerate", "fuse", "report", "restore", "timm", "unfused"]
 
 
 def __getattr__(name: str) -> ModuleType:  # what derives from a library's classes imports it

@@ -46,6 +46,7 @@ class _GELU:
 @accelerates("timm.layers.norm_act.BatchNormAct2d", forward="e5416605abb8")
 @accelerates("timm.layers.norm_act.FrozenBatchNormAct2d", forward="81d075486315")
 class _NormAct:
+    ENDS_IN_ACT = True
     drop: nn.Module
     act: nn.Module
 

@@ -24,6 +24,7 @@ There are several implementations, the *candidates*, by name:
     triton        one kernel of ours; a configuration may follow the name (see `_triton/conv2d_act`)
     cudnn         PyTorch's convolution and one kernel of ours for the rest
     cudnn_fused   cuDNN's own convolution + bias (+ residual) + relu
+    onednn        oneDNN's, on CPUs, with weights packed once (`_onednn`)
     eager         the definition
 
 `_choose` is where they compete.
@@ -39,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _onednn
 from ._act import check_act, finish
 from ._check import check_image, check_parameters, check_residual
 from ._op import INTERPRETED, Choice, Op, Traffic, define, refuses, wants_grad
@@ -350,6 +352,39 @@ def _refuses_fused(
     return None
 
 
+def _refuses_onednn(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    candidate: str,
+) -> str | None:
+    """Return why oneDNN does not take a call."""
+    if wants_grad(x, weight, scale, bias, residual):
+        return "a gradient is wanted (oneDNN's epilogue is for inference)"
+    if scale is not None:
+        return "a scale (fold it into weight)"
+    return _onednn.refuses(x, weight, bias, residual, act)
+
+
+def _run_onednn(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    y = _onednn.conv2d(x, weight, bias, residual, *rest[:-1])
+    return y.contiguous(memory_format=_format(x))
+
+
 class Candidate(NamedTuple):
     """An implementation: the path that `explain` shows, what runs it, why it leaves a call."""
 
@@ -362,6 +397,7 @@ CANDIDATES = {
     "triton": Candidate("triton", _forward, _refuses),
     "cudnn": Candidate("cudnn", _forward, _refuses_kernels),
     "cudnn_fused": Candidate("cudnn", _forward, _refuses_fused),
+    "onednn": Candidate("onednn", _run_onednn, _refuses_onednn),
 }
 
 
@@ -373,7 +409,7 @@ def _ranked(x: Tensor, *_: Any) -> tuple[str, ...]:
     """Return the candidates for a call, best first; the first that does not refuse it runs it."""
     if x.is_cuda:
         return ("cudnn",)
-    return ("triton",) if INTERPRETED else ()
+    return ("triton",) if INTERPRETED else ("onednn",)
 
 
 def _choose(*args: Any) -> Choice:

@@ -27,11 +27,12 @@ torch.fx.wrap("conv2d_act")  # a leaf: it looks at shapes, which a proxy does no
 class FusedConv2d(nn.Conv2d):
     """`act(conv(x) + residual)`: a `torch.nn.Conv2d` whose `forward` also takes what follows it.
 
-    Runs as `vertebra.kernels.conv2d_act`, with any padding that a `Conv2d` may have.
+    Runs as `vertebra.kernels.conv2d_act`, in channels_last whatever comes in, and with any padding
+    that a `Conv2d` may have.
 
     Attributes:
         act: an activation that always follows, by the name the ops know it under, or "none".
-        mean: (1, C, 1, 1), subtracted from x before the padding; None for nothing.
+        mean: (C, 1, 1), subtracted from x before the padding; None for nothing.
 
     >>> conv = FusedConv2d(3, 8, 3, padding=1)
     >>> x = torch.randn(2, 3, 4, 4)
@@ -49,7 +50,8 @@ class FusedConv2d(nn.Conv2d):
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
         if self.act != "none" and (residual is not None or act != "none"):
             raise ValueError(f"this convolution ends in {self.act}: nothing more can follow it")
-        x, padding = self._padded(x if self.mean is None else x - self.mean)
+        x = x if self.mean is None else x - self.mean
+        x, padding = self._padded(x.contiguous(memory_format=torch.channels_last))
         return conv2d_act(
             *(x, self.weight, self.bias, residual, self.act if act == "none" else act),
             stride=self.stride,
@@ -57,6 +59,11 @@ class FusedConv2d(nn.Conv2d):
             dilation=self.dilation,
             groups=self.groups,
         )
+
+    @property
+    def pads(self) -> bool:
+        """Whether anything is put around x."""
+        return self.padding not in ("valid", 0, (0, 0))
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return x with the padding that the op does not know, and the one that it does."""
@@ -74,24 +81,32 @@ class FusedConv2d(nn.Conv2d):
 class FusedConv2dSame(FusedConv2d):
     """`FusedConv2d` with TensorFlow's SAME padding, by image size."""
 
+    pads = True
+
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         return pad_same(x, self.kernel_size, self.stride, self.dilation), 0
 
 
 class FusedLinear(nn.Linear):
-    """`act(fc(x) + residual)` of every pixel of (N, H, W, C): a `torch.nn.Linear` that takes more.
+    """`act(fc(x) + residual)`: a `torch.nn.Linear` whose `forward` also takes what follows it.
 
-    Runs as `vertebra.kernels.conv2d_act`, of size 1.
+    Runs as `vertebra.kernels.conv2d_act`, of size 1, on (N, H, W, C) or any other rank.
     """
 
     act: ClassVar[str] = "none"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
         y = conv2d_act(
-            *(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias),
-            *(None if residual is None else residual.permute(0, 3, 1, 2), act),
-        )
-        return y.permute(0, 2, 3, 1)
+            *(_image(x), self.weight[:, :, None, None], self.bias),
+            *(None if residual is None else _image(residual), act),
+        ).permute(0, 2, 3, 1)
+        return y if x.dim() == 4 else y.reshape(*x.shape[:-1], self.out_features)
+
+
+def _image(rows: Tensor) -> Tensor:
+    """Return (..., C) as (N, C, H, W)."""
+    rows = rows if rows.dim() == 4 else rows.reshape(-1, 1, 1, rows.shape[-1])
+    return rows.permute(0, 3, 1, 2)
 
 
 class Folded(nn.Module):
