@@ -82,6 +82,7 @@ def _is_supported(dtype: torch.dtype) -> bool:
 def conv2d(
     x: Tensor,
     weight: Tensor,
+    _scale: None,
     bias: Tensor | None,
     residual: Tensor | None,
     stride: Pair,
@@ -89,8 +90,9 @@ def conv2d(
     dilation: Pair,
     groups: int,
     act: str,
+    _candidate: str = "",
 ) -> Tensor:
-    """Return `act(conv2d(x, weight) + bias + residual)` in channels_last."""
+    """Return `act(conv2d(x, weight) + bias + residual)` in channels_last, as `conv2d_act` does."""
     steps = (padding, stride, dilation, groups)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)

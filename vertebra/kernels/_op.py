@@ -106,11 +106,15 @@ class Traffic(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How a call runs: the path that `explain` shows, the implementation, why it is not Triton."""
+    """How a call runs: the path that `explain` shows, the implementation, why it is not Triton.
+
+    `lasts`: calls of the same signature run so without being asked about, or checked, again.
+    """
 
     path: str
     run: Callable[..., Any]
     reason: str | None
+    lasts: bool = False
 
 
 class Call(NamedTuple):
@@ -157,6 +161,10 @@ class Op:
                 self.check(*args)
                 if self.refuses(*args) is None:
                     self._passed.note(args)
+        elif self.choose is not None and _forced == "auto" and _observer is None:
+            found = None if torch.compiler.is_compiling() else self._chosen.find(args)
+            if found is not None:
+                return found[0].plans[()](*args)
         return self._run(*args)
 
     @cached_property
@@ -170,9 +178,18 @@ class Op:
 
         return Signatures()
 
+    @cached_property
+    def _chosen(self) -> Any:
+        """The signatures of calls of which the choice lasts: the plan is what runs them."""
+        from ._triton._signature import Signatures
+
+        return Signatures()
+
     def _run(self, *args: Any) -> Any:
         self.check(*args)
         choice = self._choice(*args)
+        if choice.lasts:
+            self._chosen.note(args)[0].plans[()] = choice.run
         if _observer is not None:
             _observer(Call(self, args, choice.path, choice.reason))
         return choice.run(*args)

@@ -373,16 +373,9 @@ def _refuses_onednn(
     return _onednn.refuses(x, weight, bias, residual, act)
 
 
-def _run_onednn(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    y = _onednn.conv2d(x, weight, bias, residual, *rest[:-1])
-    return y.contiguous(memory_format=_format(x))
+def _run_onednn(*args: Any) -> Tensor:
+    y = _onednn.conv2d(*args) if torch.backends.mkldnn.enabled else _eager(*args)
+    return y.contiguous(memory_format=_format(args[0]))
 
 
 class Candidate(NamedTuple):
@@ -426,6 +419,8 @@ def _choose(*args: Any) -> Choice:
         if reason is None:
             why = "; ".join([*reasons, f"{name} is the default until others are measured"])
             reason = None if candidate.path == "triton" else why
+            if name == "onednn":
+                return Choice("onednn", _run_onednn, reason, lasts=True)
             return Choice(candidate.path, partial(_run_as, name), reason)
         reasons.append(reason)
     if given:

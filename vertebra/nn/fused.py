@@ -190,13 +190,13 @@ def linear_act(
     return y if act is None else act(y)
 
 
-def epilogue(norm: nn.Module, act: nn.Module | None, drop: nn.Module | None) -> str | None:
+def epilogue(norm: Folded, act: nn.Module | None, drop: nn.Module | None) -> str | None:
     """Return the activation that is all there is behind a convolution, but for an add, or None.
 
-    None if the norm is there still, or somebody watches what is left of it, or an op does not know
-    the activation, or `drop` does something.
+    None if somebody watches what is left of the norm, or an op does not know the activation, or
+    `drop` does something.
     """
-    if not isinstance(norm, Folded) or has_hooks(norm):
+    if has_hooks(norm):
         return None
     if isinstance(norm, FoldedAct):
         act, drop = norm.act, norm.drop if drop is None else drop
