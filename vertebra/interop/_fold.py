@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import FusedConv2d
+from ..nn.fused import FusedConv2d, FusedImageConv2d
 
 
 def scale_of(norm: Any) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,9 @@ def fold_image(conv: FusedConv2d, mean: Sequence[float], std: Sequence[float]) -
     scale = torch.tensor(std, dtype=torch.float64, device=like.device)
     weight = like.double() / scale[:, None, None]
     bias = None if conv.bias is None else conv.bias.double()
-    if conv.pads:
-        conv.mean = offset[:, None, None].to(like.dtype)
+    if conv.padding not in ("valid", (0, 0)):
+        conv.__class__ = FusedImageConv2d
+        conv.register_buffer("mean", offset[:, None, None].to(like.dtype))
     else:
         shift = -(weight * offset[:, None, None]).sum((1, 2, 3))
         bias = shift if bias is None else bias + shift

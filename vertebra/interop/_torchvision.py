@@ -180,7 +180,7 @@ class _CNBlock:
 
     def forward(self, input: Tensor) -> Tensor:
         drop = self.stochastic_depth
-        is_idle = not (drop.training and drop.p or has_hooks(drop))
+        is_idle = not ((drop.training and drop.p) or has_hooks(drop))
         if is_idle and takes_add(self.block, self.block[-2], self.layer_scale, None):
             conv, permute, norm, fc1, act, fc2, back = self.block
             y = linear_act(fc1, norm(permute(conv(input))), act)

@@ -220,13 +220,16 @@ def _end(
     fc2: nn.Module, drop: nn.Module, x: Tensor, residual: Tensor, gamma: Tensor | None = None
 ) -> Tensor:
     """Return `residual + drop(gamma * fc2(x))`, where x is of (N, H, W, C) and the residual not."""
-    is_known = isinstance(drop, _DropPath) and not has_hooks(drop)
-    drop_prob = drop.drop_prob if is_known and drop.training else 0.0
-    if takes_add(fc2, fc2, gamma, None if is_known and not drop_prob else drop):
+    rate: float | None = None  # at which samples are dropped, if by nothing unknown
+    if is_idle(drop):
+        rate = 0.0
+    elif isinstance(drop, _DropPath) and not has_hooks(drop):
+        rate = drop.drop_prob if drop.training else 0.0
+    if rate == 0 and takes_add(fc2, fc2, gamma, None):
         return linear_act(fc2, x, None, residual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     x = fc2(x).permute(0, 3, 1, 2)
-    if is_known or is_idle(drop):
-        return drop_path_add(x, residual, gamma, drop_prob=drop_prob)
+    if rate is not None:
+        return drop_path_add(x, residual, gamma, drop_prob=rate)
     return residual + drop(x if gamma is None else drop_path_add(x, gamma=gamma))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels import backend
 from ..nn import ConvNormActs, ConvNorms, FusedConv2d, FusedLinear, MlpNames
 from ..nn._act import fusible_act, has_hooks
+from ..nn._drop import is_idle
 from ..nn.conv_same import Conv2dSame
 from ..nn.cuda_graph import CudaGraphs
-from ..nn._drop import is_idle
-from ..nn.fused import Folded, FoldedAct, FusedConv2dSame, epilogue
+from ..nn.fused import Folded, FoldedAct, FusedConv2dSame, epilogue, is_fused_model
 from ..nn.norm_act import FrozenBatchNorm2d, FusesAct, is_bare
 from ..nn.sync import SyncBatchNormAct2d
 from ._fold import fold, fold_image, scale_of
@@ -76,8 +77,9 @@ def fuse(
             _fuse_pair(pair)
     for block in list(fused.modules()):
         _fuse_mlp(block, users)
-    for module in list(fused.modules()):
+    for module in fused.modules():
         _fuse_conv(module)
+    for module in list(fused.modules()):
         _fuse_act(module, users)
     if image is not None:
         fold_image(_find_image_conv(fused, len(image[0])), *image)
@@ -85,7 +87,9 @@ def fuse(
 
 
 def unfused(model: nn.Module) -> list[Site]:
-    """Return the batch norms of a fused model that are there still, each with the reason."""
+    """Return the batch norms that `fuse` has left in a model that it made, each with the reason."""
+    if not is_fused_model(model):
+        return []
     users = _Users(model)
     reasons = {id(pair.norm): _refuses_pair(pair, users) for pair in _pairs(model)}
     alone = "no convolution that this version knows of comes right before it"
@@ -94,11 +98,6 @@ def unfused(model: nn.Module) -> list[Site]:
         for name, module in model.named_modules()
         if _is_batch_norm(module)
     ]
-
-
-def is_fused_model(model: nn.Module) -> bool:
-    """Return whether `fuse` has made this."""
-    return any(isinstance(m, (FusedConv2d, FusedLinear, Folded)) for m in model.modules())
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -152,7 +151,8 @@ class _Users:
         self._places = Counter(
             id(thing)
             for module in model.modules()
-            for thing in (*module._modules.values(), *module._parameters.values())
+            for held in (vars(module)["_modules"], vars(module)["_parameters"])
+            for thing in held.values()
             if thing is not None
         )
 
@@ -194,8 +194,7 @@ def _pairs(model: nn.Module) -> Iterator[_Pair]:
 
 def _pair_names(block: nn.Module) -> ConvNorms:
     if type(block) is nn.Sequential:  # runs its children one after the other, whatever they are
-        names = [name for name, _ in block.named_children()]
-        return tuple(zip(names, names[1:], strict=False))
+        return tuple(pairwise(name for name, _ in block.named_children()))
     return getattr(type(block), "CONV_NORMS", ())
 
 
@@ -238,7 +237,8 @@ def _refuses_pair(pair: _Pair, users: _Users) -> str | None:
 
 
 def _fuse_pair(pair: _Pair) -> None:
-    conv, norm = pair.conv, pair.norm
+    conv: nn.Module = pair.conv
+    norm: Any = pair.norm
     if norm.running_mean is None:
         raise ValueError(
             "a norm is folded with its running statistics, and the one behind "
@@ -247,12 +247,17 @@ def _fuse_pair(pair: _Pair) -> None:
         )
     fold(conv, *scale_of(norm))
     channels = len(norm.running_mean)
-    if not _ends_in_act(norm):
+    if not _ends_in_act(norm) or _leaves_act_to_block(norm):
         _become(norm, Folded(channels))
-    elif isinstance(norm, Swapped) and fusible_act(norm.act) == "none" and is_idle(norm.drop):
-        _become(norm, Folded(channels))  # its block has what follows it
     else:
         _become(norm, FoldedAct(channels, norm.drop, norm.act))
+
+
+def _leaves_act_to_block(norm: Any) -> bool:
+    """Return whether `norm` is timm's without an activation of its own."""
+    is_timms = isinstance(norm, Swapped)
+    act, drop = norm.act, norm.drop
+    return is_timms and fusible_act(act) == "none" and is_idle(drop)
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:
@@ -274,7 +279,9 @@ def _fuse_conv(module: nn.Module) -> None:
         conv: Any = module
         conv.__class__ = kind
         conv.act = "none"
-        conv.register_buffer("mean", None)
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        if (left, top) == (right, bottom):
+            conv.padding = (top, left)  # and neither "same" nor "valid"
         conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
 
 
@@ -349,8 +356,9 @@ def _find_image_conv(model: nn.Module, channels: int) -> FusedConv2d:
     if len(readers.calls) == 1:
         (_, args), *_ = readers.calls
         for module in model.modules():
-            is_it = isinstance(module, FusedConv2d) and any(a is module.weight for a in args)
-            if is_it and module.groups == 1:
+            if type(module) is not FusedConv2d or module.groups != 1:
+                continue
+            if any(arg is module.weight for arg in args):
                 return module
     found = ", ".join(str(func) for func, _ in readers.calls) or "nothing"
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Convolution on CPUs by oneDNN: bias, residual and activation in its epilogue, weights packed once.
+"""Convolution on CPUs by oneDNN, with all that follows it in the epilogue, and weights packed once.
 
 PyTorch has these as ops for Inductor. A weight is reordered into the blocks that oneDNN wants for
 images of one size, and this copy is kept as long as the weight: beside it, not in it, so that no
@@ -37,7 +37,7 @@ _ACTIVATIONS = {
 class _Packed(NamedTuple):
     """The packed copy of a weight, and what it was made from and for."""
 
-    owner: weakref.ref[Tensor]
+    owner: weakref.ref[nn.Parameter]
     # shares the weight's memory: no other tensor can come to lie there, even if the weight leaves
     source: Tensor
     version: int

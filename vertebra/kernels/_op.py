@@ -161,7 +161,7 @@ class Op:
                 self.check(*args)
                 if self.refuses(*args) is None:
                     self._passed.note(args)
-        elif self.choose is not None and _forced == "auto" and _observer is None:
+        elif isinstance(x, Tensor) and _forced == "auto" and _observer is None:
             found = None if torch.compiler.is_compiling() else self._chosen.find(args)
             if found is not None:
                 return found[0].plans[()](*args)
@@ -188,7 +188,7 @@ class Op:
     def _run(self, *args: Any) -> Any:
         self.check(*args)
         choice = self._choice(*args)
-        if choice.lasts:
+        if choice.lasts and is_plain(args):
             self._chosen.note(args)[0].plans[()] = choice.run
         if _observer is not None:
             _observer(Call(self, args, choice.path, choice.reason))
@@ -207,7 +207,7 @@ class Op:
                 f"{self.name} cannot run on Triton: {reason}. "
                 f'Use backend("auto") to let such calls run in eager PyTorch.'
             )
-        return Choice("eager", self.eager, reason)
+        return Choice("eager", self.eager, reason, lasts=True)
 
 
 @contextmanager

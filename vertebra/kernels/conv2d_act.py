@@ -85,6 +85,8 @@ def _autocast(
 
 
 def _pair(name: str, value: int | Pair) -> Pair:
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise TypeError(

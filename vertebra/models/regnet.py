@@ -54,7 +54,8 @@ class _ConvNormAct(nn.Sequential):
         super().__init__(conv, _norm(config, conv.out_channels, apply_act), act)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return conv_norm_act(self[0], self[1], x, self[2], residual)
+        conv, norm, act = self
+        return conv_norm_act(conv, norm, x, act, residual)
 
 
 class _NormActConv(nn.Sequential):

@@ -1,9 +1,7 @@
 """What `vertebra.fuse` puts in the place of convolutions, linear layers and norms, for inference.
 
-    FusedConv2d   a convolution that adds a residual and ends in an activation, in one op
-    FusedLinear   the same for the pixels of (N, H, W, C)
-    Folded        where a norm was that the convolution before it has taken over
-    FoldedAct     the same for a norm that ends in an activation
+Convolutions and linear layers run what follows them; of a norm that the convolution before it has
+taken over stays what comes after it.
 """
 
 from __future__ import annotations
@@ -16,15 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import conv2d_act
+from ..kernels._onednn import forget
 from ._act import fusible_act, has_hooks
 from ._drop import drop_add, is_idle
-from .conv_same import Conv2dSame, pad_same
+from .conv_same import pad_same
 from .norm_act import FusesAct, pooled
 
 torch.fx.wrap("conv2d_act")  # a leaf: it looks at shapes, which a proxy does not have
 
 
-class FusedConv2d(nn.Conv2d):
+class _Repacked(nn.Module):
+    """A layer whose weight may have a packed copy (`vertebra.kernels._onednn`)."""
+
+    weight: Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        forget(self.weight)  # moved or converted, it would hold the memory that it leaves
+        return super()._apply(fn, recurse)
+
+
+class FusedConv2d(_Repacked, nn.Conv2d):
     """`act(conv(x) + residual)`: a `torch.nn.Conv2d` whose `forward` also takes what follows it.
 
     Runs as `vertebra.kernels.conv2d_act`, in channels_last whatever comes in, and with any padding
@@ -32,7 +41,6 @@ class FusedConv2d(nn.Conv2d):
 
     Attributes:
         act: an activation that always follows, by the name the ops know it under, or "none".
-        mean: (C, 1, 1), subtracted from x before the padding; None for nothing.
 
     >>> conv = FusedConv2d(3, 8, 3, padding=1)
     >>> x = torch.randn(2, 3, 4, 4)
@@ -40,38 +48,33 @@ class FusedConv2d(nn.Conv2d):
     True
     """
 
-    mean: Tensor | None
-
     def __init__(self, *args: Any, act: str = "none", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.act = act
-        self.register_buffer("mean", None)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
-        if self.act != "none" and (residual is not None or act != "none"):
-            raise ValueError(f"this convolution ends in {self.act}: nothing more can follow it")
-        x = x if self.mean is None else x - self.mean
+        if self.act != "none":
+            if residual is not None or act != "none":
+                raise ValueError(f"this convolution ends in {self.act}: nothing more can follow it")
+            act = self.act
         x, padding = self._padded(x.contiguous(memory_format=torch.channels_last))
+        stride: Any = self.stride
+        dilation: Any = self.dilation
         return conv2d_act(
-            *(x, self.weight, self.bias, residual, self.act if act == "none" else act),
-            stride=self.stride,
+            *(x, self.weight, self.bias, residual, act),
+            stride=stride,
             padding=padding,
-            dilation=self.dilation,
+            dilation=dilation,
             groups=self.groups,
         )
-
-    @property
-    def pads(self) -> bool:
-        """Whether anything is put around x."""
-        return self.padding not in ("valid", 0, (0, 0))
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return x with the padding that the op does not know, and the one that it does."""
         if self.padding_mode != "zeros":
             return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0
-        if self.padding == "same":  # one pixel more on the right and at the bottom if need be
+        if isinstance(self.padding, str):  # "same": one pixel more at the end, if need be
             return F.pad(x, self._reversed_padding_repeated_twice), 0
-        return x, 0 if self.padding == "valid" else self.padding
+        return x, self.padding
 
     def extra_repr(self) -> str:
         suffix = "" if self.act == "none" else f", act={self.act}"
@@ -81,13 +84,20 @@ class FusedConv2d(nn.Conv2d):
 class FusedConv2dSame(FusedConv2d):
     """`FusedConv2d` with TensorFlow's SAME padding, by image size."""
 
-    pads = True
-
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         return pad_same(x, self.kernel_size, self.stride, self.dilation), 0
 
 
-class FusedLinear(nn.Linear):
+class FusedImageConv2d(FusedConv2d):
+    """`FusedConv2d` that reads an image, and subtracts `mean`, (C, 1, 1), from it."""
+
+    mean: Tensor
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
+        return super().forward(x - self.mean, residual, act)
+
+
+class FusedLinear(_Repacked, nn.Linear):
     """`act(fc(x) + residual)`: a `torch.nn.Linear` whose `forward` also takes what follows it.
 
     Runs as `vertebra.kernels.conv2d_act`, of size 1, on (N, H, W, C) or any other rank.
@@ -150,6 +160,11 @@ class FoldedAct(FusesAct, Folded):
     ) -> Tensor:
         drop = drop if isinstance(drop, nn.Module) else self.drop
         return pooled(self.act(drop_add(drop, x, residual)), pool)
+
+
+def is_fused_model(model: nn.Module) -> bool:
+    """Return whether `vertebra.fuse` has made this, or a part of it."""
+    return any(isinstance(m, (FusedConv2d, FusedLinear, Folded)) for m in model.modules())
 
 
 class MlpNames(NamedTuple):

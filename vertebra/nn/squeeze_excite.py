@@ -126,4 +126,6 @@ def excite(
 
 
 def _is_plain(fc: nn.Module) -> TypeGuard[nn.Conv2d]:
-    return type(fc) is nn.Conv2d and not has_hooks(fc) or isinstance(fc, FusedConv2d) and is_fused(fc)
+    if isinstance(fc, FusedConv2d):
+        return is_fused(fc)
+    return type(fc) is nn.Conv2d and not has_hooks(fc)
