@@ -131,7 +131,8 @@ def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> E
     with _undone(model), _named_calls(model, path, sites, alone), observe(record), torch.no_grad():
         model(x)
     sites.left = [site for site in interop.report(model) if site.reason is not None]
-    sites.left += interop.unfused(model)
+    if interop.is_fused_model(model):
+        sites.left += interop.unfused(model)
     known = {site.name for site in sites.left}
     sites.left += [
         interop.Site(name, path_of(type(module)), "no block here fuses it")

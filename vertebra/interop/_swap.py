@@ -21,8 +21,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from torch import nn
 
-from ..nn.fused import is_fused_model
-
 R = TypeVar("R", bound=type)
 Refuses = Callable[[Any], "str | None"]
 
@@ -92,15 +90,16 @@ def _written(node: Any) -> str:
 class Swapped(nn.Module):
     """What all classes that modules are put on have in common.
 
-    A pickled module is one of its own class again: what loads it needs none of this. But one with
-    layers that `fuse` has made, which needs this library anyway, stays what it is.
+    A pickled module is one of its own class again: what loads it needs none of this. But one of a
+    fused model, which needs this library anyway, `stays` what it is.
     """
 
     _own: ClassVar[type[nn.Module]]
+    stays = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, (_, *rest), *state = super().__reduce_ex__(1)  # the oldest that takes another class
-        if is_fused_model(self):
+        if self.stays:
             return (_make_swapped, (self._own,), *state)
         return (make, (self._own, *rest), *state)
 

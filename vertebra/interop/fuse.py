@@ -18,7 +18,7 @@ from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
 from ..nn.conv_same import Conv2dSame
 from ..nn.cuda_graph import CudaGraphs
-from ..nn.fused import Folded, FoldedAct, FusedConv2dSame, epilogue, is_fused_model
+from ..nn.fused import Folded, FoldedAct, FusedConv2dSame, epilogue
 from ..nn.norm_act import FrozenBatchNorm2d, FusesAct, is_bare
 from ..nn.sync import SyncBatchNormAct2d
 from ._fold import fold, fold_image, scale_of
@@ -79,6 +79,8 @@ def fuse(
         _fuse_mlp(block, users)
     for module in fused.modules():
         _fuse_conv(module)
+        if isinstance(module, Swapped):
+            module.stays = True
     for module in list(fused.modules()):
         _fuse_act(module, users)
     if image is not None:
@@ -88,8 +90,6 @@ def fuse(
 
 def unfused(model: nn.Module) -> list[Site]:
     """Return the batch norms that `fuse` has left in a model that it made, each with the reason."""
-    if not is_fused_model(model):
-        return []
     users = _Users(model)
     reasons = {id(pair.norm): _refuses_pair(pair, users) for pair in _pairs(model)}
     alone = "no convolution that this version knows of comes right before it"
@@ -145,27 +145,28 @@ def _image_values(
 
 
 class _Users:
-    """How many places modules and parameters have in a model."""
+    """How many places the modules and parameters of a model have there."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._places = Counter(
-            id(thing)
+        self._things: list[Any] = [
+            thing
             for module in model.modules()
             for held in (vars(module)["_modules"], vars(module)["_parameters"])
             for thing in held.values()
             if thing is not None
-        )
+        ]  # which are kept: what comes later shall have other ids
+        self._places = Counter(map(id, self._things))
 
-    def is_alone(self, parameter: Tensor) -> bool:
-        """Return whether one module has a parameter, in one place."""
-        return self._places[id(parameter)] == 1
+    def has_several(self, thing: nn.Module | Tensor) -> bool:
+        """Return whether a module or a parameter stands in several places."""
+        return self._places[id(thing)] > 1
 
     def shares(self, layer: nn.Module) -> str | None:
         """Return how somebody else has a part in `layer`, None if nobody has."""
-        if self._places[id(layer)] > 1:
+        if self.has_several(layer):
             return "stands in several places"
         for name, parameter in layer.named_parameters(recurse=False):
-            if not self.is_alone(parameter):
+            if self.has_several(parameter):
                 return f"has a {name} that another module has too"
         return None
 
@@ -194,7 +195,7 @@ def _pairs(model: nn.Module) -> Iterator[_Pair]:
 
 def _pair_names(block: nn.Module) -> ConvNorms:
     if type(block) is nn.Sequential:  # runs its children one after the other, whatever they are
-        return tuple(pairwise(name for name, _ in block.named_children()))
+        return tuple(pairwise(vars(block)["_modules"]))  # each place, if one module has several
     return getattr(type(block), "CONV_NORMS", ())
 
 
@@ -289,7 +290,7 @@ def _fuse_act(sequence: nn.Module, users: _Users) -> None:
     """Let the convolutions of a sequence end in the activations that follow their norms there."""
     if type(sequence) is not nn.Sequential or has_hooks(sequence):
         return
-    names = [name for name, _ in sequence.named_children()]
+    names = list(vars(sequence)["_modules"])
     for conv_name, norm_name, act_name in zip(names, names[1:], [*names[2:], None], strict=False):
         conv, norm = _child(sequence, conv_name), _child(sequence, norm_name)
         if not isinstance(conv, FusedConv2d) or users.shares(conv):
@@ -303,7 +304,7 @@ def _fuse_act(sequence: nn.Module, users: _Users) -> None:
             act = fusible_act(_child(sequence, act_name))
             if act is not None:
                 conv.act = act
-                sequence.add_module(act_name, nn.Identity())
+                sequence.add_module(act_name, nn.Identity().train(sequence.training))
 
 
 # ----------------------------------------------------------------------------------------- MLPs
@@ -322,8 +323,8 @@ def _fuse_mlp(block: nn.Module, users: _Users) -> None:
         if type(fc) is nn.Linear:
             fc.__class__ = FusedLinear
     gamma = None if names.gamma is None else _child(block, names.gamma)
-    if gamma is not None and users.is_alone(gamma):
-        fold(layers[1], gamma.double())
+    if gamma is not None and not users.has_several(gamma):
+        fold(layers[1], gamma.double().flatten())
         setattr(block, str(names.gamma), None)
 
 

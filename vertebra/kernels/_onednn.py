@@ -142,6 +142,7 @@ def _pack(weight: Tensor, image: torch.Size, steps: tuple[Any, ...]) -> Tensor:
         and found.steps == steps
     ):
         if found.image == image:
+            _last.pop(key, None)
             return found.weight
         if _last.get(key) != image:
             _last[key] = image

@@ -20,7 +20,9 @@ from ._drop import drop_add, is_idle
 from .conv_same import pad_same
 from .norm_act import FusesAct, pooled
 
-torch.fx.wrap("conv2d_act")  # a leaf: it looks at shapes, which a proxy does not have
+# for torch.fx these are leaves: they look at shapes, which a proxy does not have
+torch.fx.wrap("conv2d_act")
+torch.fx.wrap("_linear_act")
 
 
 class _Repacked(nn.Module):
@@ -106,11 +108,17 @@ class FusedLinear(_Repacked, nn.Linear):
     act: ClassVar[str] = "none"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
-        y = conv2d_act(
-            *(_image(x), self.weight[:, :, None, None], self.bias),
-            *(None if residual is None else _image(residual), act),
-        ).permute(0, 2, 3, 1)
-        return y if x.dim() == 4 else y.reshape(*x.shape[:-1], self.out_features)
+        return _linear_act(x, self.weight, self.bias, residual, act)
+
+
+def _linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str
+) -> Tensor:
+    y = conv2d_act(
+        *(_image(x), weight[:, :, None, None], bias),
+        *(None if residual is None else _image(residual), act),
+    ).permute(0, 2, 3, 1)
+    return y if x.dim() == 4 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _image(rows: Tensor) -> Tensor:
