@@ -1,4 +1,4 @@
-"""`conv2d_act` by oneDNN: within the budget of its definition, and weights packed when they must."""
+"""`conv2d_act` by oneDNN: within the definition's budget, and weights packed when they must."""
 
 from __future__ import annotations
 

@@ -163,8 +163,9 @@ class Op:
                     self._passed.note(args)
         elif isinstance(x, Tensor) and _forced == "auto" and _observer is None:
             found = None if torch.compiler.is_compiling() else self._chosen.find(args)
-            if found is not None:
-                return found[0].plans[()](*args)
+            run = None if found is None else found[0].plans.get(torch.is_grad_enabled())
+            if run is not None:
+                return run(*args)
         return self._run(*args)
 
     @cached_property
@@ -180,7 +181,7 @@ class Op:
 
     @cached_property
     def _chosen(self) -> Any:
-        """The signatures of calls of which the choice lasts: the plan is what runs them."""
+        """The signatures of calls of which the choice lasts; the plan by grad mode is what runs."""
         from ._triton._signature import Signatures
 
         return Signatures()
@@ -189,7 +190,7 @@ class Op:
         self.check(*args)
         choice = self._choice(*args)
         if choice.lasts and is_plain(args):
-            self._chosen.note(args)[0].plans[()] = choice.run
+            self._chosen.note(args)[0].plans[torch.is_grad_enabled()] = choice.run
         if _observer is not None:
             _observer(Call(self, args, choice.path, choice.reason))
         return choice.run(*args)
