@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ._act import finish
 from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision
-from ._op import INTERPRETED, Choice, Op, Traffic, define, refuses, wants_grad
+from ._op import Choice, Op, Traffic, define, has_kernels, refuses, wants_grad
 
 
 def conv2d_act(
@@ -92,8 +92,12 @@ def _eager(*args: Any) -> Tensor:
 
 def _output(*args: Any) -> Tensor:
     a = Arguments(*args)
+    return _empty(a, a.x.device)
+
+
+def _empty(a: Arguments, device: torch.device) -> Tensor:
     wanted = memory_format(a.x)
-    return torch.empty(a.shape, dtype=a.x.dtype, device=a.x.device, memory_format=wanted)
+    return torch.empty(a.shape, dtype=a.x.dtype, device=device, memory_format=wanted)
 
 
 @define(
@@ -154,7 +158,7 @@ def _refuses_triton(a: Arguments) -> str | None:
         return None
     from ._triton import conv2d_act as kernels
 
-    site, _, _, how, configuration = _launched(a, a.x.new_empty(a.shape, device="meta"))
+    site, _, _, how, configuration = _launched(a, _empty(a, torch.device("meta")))
     return kernels.refuses(site, how, configuration)
 
 
@@ -234,7 +238,7 @@ def _ranked(x: Tensor, *_: Any) -> tuple[str, ...]:
     """Return the candidates for a call, best first; the first that does not refuse it runs it."""
     if x.is_cuda:
         return ("cudnn",)
-    return ("triton",) if INTERPRETED else ()
+    return ("triton",) if has_kernels(x) else ()
 
 
 def _choose(*args: Any) -> Choice:

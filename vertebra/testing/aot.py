@@ -44,6 +44,7 @@ from ..kernels._triton._device import assumed
 from ..kernels._triton._launch import Launch, granted
 from .cases import Case, cases
 from .launches import launches as launches_of
+from .traffic import descriptors
 
 # ------------------------------------------------------------------------------ what is compiled
 
@@ -78,7 +79,7 @@ class Build(NamedTuple):
     @property
     def row(self) -> tuple[str, str, str]:
         """Kernel, layout and dtype: the row of the table it belongs to."""
-        tensors = list(_tensors(self.launch).values())
+        tensors = [*_tensors(self.launch).values(), *descriptors(self.launch.arguments)]
         first = next((t for t in tensors if t.dim() == 4), tensors[0])
         layout = contiguity(first)[0] if first.dim() == 4 else ""
         return self.launch.kernel.__name__, layout, str(first.dtype).removeprefix("torch.")

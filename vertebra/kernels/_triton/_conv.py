@@ -63,12 +63,13 @@ def block(extent: int, largest: int) -> int:
     size = largest
     while size > 16 and size >= 2 * extent:
         size //= 2
-    while size > 16 and 4 * _covered(extent, size // 2) <= 3 * _covered(extent, size):
+    while size > 16 and 4 * covered(extent, size // 2) <= 3 * covered(extent, size):
         size //= 2
     return size
 
 
-def _covered(extent: int, size: int) -> int:
+def covered(extent: int, size: int) -> int:
+    """Return how much blocks of `size` take to cover `extent`."""
     return -(-extent // size) * size
 
 

@@ -1,7 +1,8 @@
 """Convolution and what is behind it: which kernel and configuration, and the launches.
 
 A configuration is written as `gather:128x64x64x1:w4:s3`: the kernel, its blocks in the order of its
-`Config`, warps, stages. Without one the first kernel that takes the call picks by arithmetic.
+`Config`, warps, stages. A kernel alone picks them by arithmetic; without one, the first kernel that
+takes the call does.
 """
 
 import re
@@ -9,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _affine, _conv_gather
+from . import _affine, _conv_gather, _conv_tiles
 from ._conv import Affine, Site, simplest
 from ._device import facts
 
 
 def _kernels() -> dict[str, Any]:
     """Return the modules of the kernels, the first that takes a call being the one it gets."""
-    return {"gather": _conv_gather}
+    return {"tiles": _conv_tiles, "gather": _conv_gather}
 
 
 def forward(site: Site, affine: Affine, act: str, precision: str, configuration: str) -> None:
@@ -58,6 +59,8 @@ def _read(site: Site, precision: str, configuration: str) -> tuple[Any, Any]:
                 return kernel, config
     name, _, rest = configuration.partition(":")
     kernel = _kernels().get(name)
+    if kernel is not None and not rest:
+        return kernel, kernel.pick(site, precision, device)
     match = re.fullmatch(r"(\d+(?:x\d+)*):w(\d+):s(\d+)", rest)
     if match is not None and kernel is not None:
         values = [*map(int, match[1].split("x")), int(match[2]), int(match[3])]

@@ -3,7 +3,7 @@
 Options: "k=24" filters (else as many as channels), "3x3" the window (else 1x1), "stride=2",
 "pad=1", "dilation=2", "groups=4", "bias", "scale", "residual", "half" (bias and scale in x's
 dtype), "ieee" (fp32 is multiplied as fp32, not as TF32), and a candidate: "cudnn",
-"triton:gather:...".
+"triton:gather".
 """
 
 from __future__ import annotations
@@ -89,58 +89,70 @@ def _declare() -> Iterator[Case]:
     yield from tagged("compile", _compiles(base))
     yield from tagged("aot", _gate(base))
     yield from tagged("traffic", _traffic(base))
-    yield from tagged("bench", _real(base))
+    yield from tagged("bench", _benched(base))
 
 
 def _tests(base: Case) -> Iterator[Case]:
     yield base
-    of = (torch.float32, torch.float16)
-    # what a window does: every step of it, in both types
-    for dtype, options in itertools.product(
-        of,
-        (
-            ("3x3", "pad=1"),
-            ("3x3", "pad=1", "stride=2"),
-            ("3x2", "pad=2", "dilation=2"),
-            ("1x1", "stride=2"),
-            ("1x1", "pad=1"),
-            ("2x2", "stride=2"),
-            ("1x5", "pad=2", "stride=3"),
-        ),
-    ):
-        yield replace(base, dtype=dtype, options=("k=40", *options, *FULL))
+    wide = (torch.float32, torch.float16)
+    # every step of a window, by the kernels that take it
+    for kernel, steps in (("tiles", _OF_BOXES), ("gather", (*_OF_BOXES, *_OF_POINTERS))):
+        for options, dtype in zip(steps, itertools.cycle(wide)):
+            C = 48 if dtype == torch.float16 else 24  # three blocks of the least that is multiplied
+            shape = (2, C, 6, 10) if "stride=2" in options else (2, C, 7, 9)
+            mine = (f"triton:{kernel}", "k=40", *options, *FULL)
+            yield replace(base, shape=shape, dtype=dtype, options=mine)
+    # rows that are runs of memory: three channels do not align to a descriptor
     yield replace(base, shape=(1, 3, 17, 13), options=("k=20", "4x4", "stride=4", *PLAIN))
     yield replace(base, shape=(1, 3, 17, 13), options=("k=20", "7x7", "stride=2", "pad=3", *PLAIN))
     # layouts, activations, what is left out
-    for layout in ("sliced_nhwc", "mixed"):
-        yield replace(base, layout=layout)
-        yield replace(base, layout=layout, options=("k=40", "3x3", "pad=1", *FULL))
-    for act in ACTIVATIONS:
-        yield replace(base, dtype=torch.float16, act=act)
-    for options in ((), ("scale",), PLAIN, ("residual",)):
-        yield replace(base, act="none", options=options)
+    for layout, kernel in itertools.product(("sliced_nhwc", "mixed"), ("1x1", "3x3")):
+        yield replace(base, layout=layout, options=("k=40", kernel, "pad=1", *FULL))
+    for act, kernel in zip(ACTIVATIONS, itertools.cycle(("tiles", "gather"))):
+        yield replace(base, dtype=torch.float16, act=act, options=(f"triton:{kernel}", *FULL))
+    for options, kernel in itertools.product(
+        ((), ("scale",), PLAIN, ("residual",)), ("tiles", "gather")
+    ):
+        yield replace(base, act="none", options=(f"triton:{kernel}", *options))
     yield replace(base, dtype=torch.float16, options=("half", *FULL))
     yield replace(base, options=("ieee", "3x3", "pad=1", *FULL))
-    # groups: bundles, a ragged last bundle, one that fills a tile, more than one
-    for shape, options in (
-        ((1, 32, 6, 5), ("groups=8", "pad=1")),
-        ((1, 40, 6, 5), ("groups=10", "stride=2", "pad=1")),
-        ((1, 48, 5, 4), ("groups=2", "k=80", "pad=1")),
-        ((1, 72, 4, 4), ("groups=2", "k=144", "pad=1")),
-        ((1, 6, 5, 5), ("groups=3", "k=15", "pad=1")),
+    # groups: bundles, a ragged last bundle, one group that fills a tile, more than one tile
+    for (shape, options), dtype in zip(
+        (
+            ((1, 32, 6, 5), ("groups=8", "pad=1")),
+            ((1, 40, 6, 5), ("groups=10", "stride=2", "pad=1")),
+            ((1, 48, 5, 4), ("groups=2", "k=80", "pad=1")),
+            ((1, 72, 3, 4), ("groups=2", "k=144", "pad=1")),
+            ((1, 6, 5, 5), ("groups=3", "k=15", "pad=1")),
+        ),
+        itertools.cycle(wide),
     ):
-        for dtype in of:
-            yield replace(base, shape=shape, dtype=dtype, options=("3x3", *options, *FULL))
-    # the mean shapes: one channel, one pixel, more tiles than one of everything
+        yield replace(base, shape=shape, dtype=dtype, options=("3x3", *options, *FULL))
+    # the mean shapes: one channel, one pixel, more than one tile of everything
     for shape, options in (
         ((1, 1, 3, 5), ("3x3", "pad=1")),
         ((3, 17, 1, 1), ("k=5",)),
-        ((2, 160, 13, 11), ("k=136", "3x3", "pad=1")),
+        ((3, 16, 1, 1), ("k=8",)),
+        ((2, 80, 9, 10), ("triton:tiles", "k=136")),
+        ((2, 80, 9, 10), ("triton:gather", "k=136")),
     ):
         yield replace(base, shape=shape, options=(*options, *FULL))
     # PyTorch's convolution and our epilogue, which may have to change the memory format
     for layout, options in itertools.product(("nhwc", "nchw"), (FULL, ())):
         yield replace(base, layout=layout, options=("cudnn", "3x3", "pad=1", *options))
+
+
+# steps that boxes of pixels take, and others
+_OF_BOXES = (
+    ("1x1",),
+    ("3x3", "pad=1"),
+    ("3x3", "pad=1", "stride=2"),
+    ("3x2", "pad=2", "dilation=2"),
+    ("1x1", "stride=2"),
+    ("1x1", "pad=1"),
+    ("2x2", "stride=2"),
+)
+_OF_POINTERS = (("1x5", "pad=2", "stride=3"), ("3x3", "stride=2"), ("2x1", "pad=1", "stride=2"))
 
 
 def _compiles(base: Case) -> Iterator[Case]:
@@ -202,6 +214,13 @@ def _real(base: Case) -> Iterator[Case]:
         act = "none" if (C, HW) in dict(CONVNEXT) else "relu"
         shape: Shape = (256, C, HW, HW)
         yield replace(base, shape=shape, dtype=torch.bfloat16, act=act, options=options)
+
+
+def _benched(base: Case) -> Iterator[Case]:
+    yield from _real(base)
+    (C, HW), options = RESNET50[1]
+    first_as_given = replace(base, shape=(256, C, HW, HW), dtype=torch.bfloat16, layout="nchw")
+    yield replace(first_as_given, options=options)
 
 
 def _gate(base: Case) -> Iterator[Case]:
