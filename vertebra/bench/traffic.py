@@ -50,6 +50,7 @@ def show(console: Console) -> None:
         act = () if case.act == "none" else (case.act,)
         cells = [case.op, " ".join((*case.options, *act))]
         for mine, other in zip(ours, theirs, strict=True):
-            cells += [f"{mine / one:.4g}", f"{other / one:.4g}", f"{other / mine:.2f}x"]
+            ratio = f"{other / mine:.2f}x" if mine else ""  # without a backward pass
+            cells += [f"{mine / one:.4g}", f"{other / one:.4g}", ratio]
         table.add_row(*cells)
     console.print(table)

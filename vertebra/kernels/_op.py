@@ -32,6 +32,7 @@ __all__ = [
     "backend",
     "current_backend",
     "define",
+    "has_kernels",
     "is_plain",
     "observe",
     "refuses",
@@ -226,13 +227,18 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_PIXELS = 2**31 - 2**16
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Return whether kernels run where x is."""
+    return x.is_cuda or (INTERPRETED and x.is_cpu)
+
+
 def refuses(x: Tensor, *rest: Any) -> str | None:
     """Return why no kernel takes a call with these arguments: the limits that all ops have."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage]
         return "forward-mode differentiation, which kernels have no rule for"
-    if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
+    if not has_kernels(x):
         return f"device {x.device.type} (Triton needs a GPU, or TRITON_INTERPRET=1 on the CPU)"
     if x.dtype not in _DTYPES:
         return f"dtype {x.dtype}"

@@ -21,13 +21,12 @@ Source   Chetlur et al. 2014 (arXiv:1410.0759), implicit GEMM. Like aten up to r
 
 There are several implementations, the *candidates*, by name:
 
-    triton        one kernel of ours; a configuration may follow the name (see `_triton/conv2d_act`)
-    cudnn         PyTorch's convolution and one kernel of ours for the rest
+    triton        one kernel of ours; a configuration may follow, "triton:gather:128x64x64x1:w4:s3"
+    cudnn         PyTorch's convolution, and one kernel of ours for the rest
     cudnn_fused   cuDNN's own convolution + bias (+ residual) + relu
     onednn        oneDNN's, on CPUs, with weights packed once (`_onednn`)
-    eager         the definition
 
-`_choose` is where they compete.
+and the eager definition. `_choose` is where they compete.
 """
 
 from __future__ import annotations
@@ -41,11 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _onednn
-from ._act import check_act, finish
-from ._check import check_image, check_parameters, check_residual
-from ._op import INTERPRETED, Choice, Op, Traffic, define, refuses, wants_grad
-
-Pair = tuple[int, int]
+from ._act import finish
+from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision
+from ._op import Choice, Op, Traffic, define, has_kernels, refuses, wants_grad
 
 
 def conv2d_act(
@@ -70,8 +67,8 @@ def conv2d_act(
     """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, weight, residual = _autocast(x, weight, residual)
-    steps = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
-    return op(x, weight, scale, bias, residual, *steps, groups, act, "")
+    steps = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation))
+    return op(x, weight, scale, bias, residual, *steps, groups, act, precision(x), "")
 
 
 def _autocast(
@@ -84,327 +81,178 @@ def _autocast(
     return x.to(dtype), weight.to(dtype), None if residual is None else residual.to(dtype)
 
 
-def _pair(name: str, value: int | Pair) -> Pair:
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return value
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
-        raise TypeError(
-            f"conv2d_act: {name} must be an integer or a pair of them, got {value!r}; "
-            "pad by hand where both sides differ"
-        )
-    return pair
+def _eager(*args: Any) -> Tensor:
+    a = Arguments(*args)
+    y = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+    if a.scale is not None:
+        y = y * a.scale[:, None, None]
+    if a.bias is not None:
+        y = y + a.bias[:, None, None]
+    y = y.to(a.x.dtype).contiguous(memory_format=memory_format(a.x))
+    return finish(y, a.residual, a.act)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    candidate: str,
-) -> None:
-    name = "conv2d_act"
-    check_image(name, x)
-    if min(*stride, *dilation, groups) < 1 or min(padding) < 0:
-        raise ValueError(
-            f"{name}: stride, dilation and groups must be positive and padding not negative; got "
-            f"stride {stride}, padding {padding}, dilation {dilation}, groups {groups}"
-        )
-    _check_weight(x, weight, groups)
-    check_parameters(name, x, scale=scale, bias=bias)
-    K = weight.shape[0]
-    for label, v in (("scale", scale), ("bias", bias)):
-        if v is not None and v.shape != (K,):
-            raise ValueError(
-                f"{name}: {label} must have shape ({K},), one value per filter of weight "
-                f"{tuple(weight.shape)}; got {tuple(v.shape)}"
-            )
-    check_act(name, act)
-    P, Q = _image(x, weight, stride, padding, dilation)
-    if P < 1 or Q < 1:
-        raise ValueError(
-            f"{name}: the padded image must hold one window: x {tuple(x.shape)}, weight "
-            f"{tuple(weight.shape)}, padding {padding}, dilation {dilation}; pad more"
-        )
-    check_residual(name, x, residual, shape=(x.shape[0], K, P, Q))
+def _output(*args: Any) -> Tensor:
+    a = Arguments(*args)
+    return _empty(a, a.x.device)
 
 
-def _check_weight(x: Tensor, weight: Tensor, groups: int) -> None:
-    C = x.shape[1]
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or not weight.numel():
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"conv2d_act: weight must have shape (K, C/groups, R, S), got {got}")
-    if C % groups or weight.shape[0] % groups or weight.shape[1] * groups != C:
-        raise ValueError(
-            f"conv2d_act: groups must divide C and K, and weight have shape (K, C/groups, R, S): "
-            f"x {tuple(x.shape)}, groups {groups}, weight {tuple(weight.shape)}; "
-            "check the layer's channels and groups"
-        )
-    if weight.dtype != x.dtype:
-        raise TypeError(
-            f"conv2d_act: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
-            "convert the module or the input with .to(dtype)"
-        )
-    if weight.device != x.device:
-        raise ValueError(
-            f"conv2d_act: weight is on {weight.device} and x on {x.device}; move one with .to()"
-        )
-
-
-def _image(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Return the size (P, Q) of the output's images."""
-    (H, W), (R, S) = x.shape[2:], weight.shape[2:]
-    return (
-        (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1,
-        (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1,
-    )
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    """Return x's memory format; channels first where it has both."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    dense = x if x.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(x)
-    channels_last = dense.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _eager(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    candidate: str,
-) -> Tensor:
-    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    if scale is not None:
-        y = y * scale[:, None, None]
-    if bias is not None:
-        y = y + bias[:, None, None]
-    return finish(y.to(x.dtype).contiguous(memory_format=_format(x)), residual, act)
-
-
-def _output(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    *_: Any,
-) -> Tensor:
-    size = (x.shape[0], weight.shape[0], *_image(x, weight, stride, padding, dilation))
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format(x))
+def _empty(a: Arguments, device: torch.device) -> Tensor:
+    wanted = memory_format(a.x)
+    return torch.empty(a.shape, dtype=a.x.dtype, device=device, memory_format=wanted)
 
 
 @define(
     "conv2d_act(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, str act, str candidate) -> Tensor",
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str act, str precision, "
+    "str candidate) -> Tensor",
     _output,
 )
 def _forward(*args: Any) -> Tensor:
-    """Run one of the candidates with kernels of ours; "" is what `_ranked` says when it runs."""
-    name = args[-1] or next(
-        name for name in _ranked(*args) if CANDIDATES[name.partition(" ")[0]].refuses(*args) is None
-    )
-    return _IMPLEMENTATIONS[name.partition(" ")[0]](*args[:-1], name)
+    """Run the candidate that is named, or else that is best for the sizes of this call."""
+    name = args[-1] or next(n for n in _ranked(*args) if _refuses_as(n, *args) is None)
+    return _candidate(name).compute(_as(name, *args))
 
 
-def _run_triton(*args: Any) -> Tensor:
+# ---------------------------------------------------------------------------------- the candidates
+
+
+class Candidate(NamedTuple):
+    """An implementation: the path that `explain` shows, what computes it, why it leaves a call."""
+
+    path: str
+    compute: Callable[[Arguments], Tensor]
+    refuses: Callable[[Arguments], str | None]
+
+
+def _on_triton(a: Arguments) -> Tensor:
     from ._triton import conv2d_act as kernels
 
-    y = _output(*args)
-    kernels.forward(y, *args)
+    y = _output(*a)
+    kernels.forward(*_launched(a, y))
     return y
 
 
-def _run_cudnn(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    candidate: str,
-) -> Tensor:
-    from ._triton import conv2d_act as kernels
+def _launched(a: Arguments, y: Tensor) -> tuple[Any, ...]:
+    """Return a call as the kernels' launcher takes it."""
+    from ._triton._conv import Site
 
-    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    # in place: nobody else holds z, unless it has to change its memory format on the way
-    wanted = _format(x)
-    same = z.is_contiguous(memory_format=wanted)
-    y = z if same else torch.empty_like(z, memory_format=wanted)
-    kernels.epilogue(y, z, scale, bias, residual, act)
-    return y
+    # PyTorch's dispatcher makes lists of pairs
+    stride, padding, dilation = ((s[0], s[1]) for s in (a.stride, a.padding, a.dilation))
+    site = Site(y, a.x, a.weight, a.residual, stride, padding, dilation, a.groups)
+    how = a.candidate.partition(":")[2]
+    return site, (a.scale, a.bias), a.act, a.precision or precision(a.x), how
 
 
-def _run_cudnn_fused(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    candidate: str,
-) -> Tensor:
-    steps = (stride, padding, dilation, groups)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *steps)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *steps)
-
-
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "triton": _run_triton,
-    "cudnn": _run_cudnn,
-    "cudnn_fused": _run_cudnn_fused,
-}
-
-
-# ------------------------------------------------------------------------- who takes which call
-
-
-def _refuses(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *_: Any,
-) -> str | None:
-    """Return why our own convolution does not take a call."""
-    reason = _refuses_kernels(x, weight, scale, bias, residual)
-    if reason is not None:
+def _refuses_triton(a: Arguments) -> str | None:
+    if (reason := _refuses_kernels(a)) is not None:
         return reason
-    if True:
-        return "its kernels are not written yet"
-    if x.dtype == torch.float64:
+    if a.x.dtype == torch.float64:
         return "dtype torch.float64 (convolution in double precision)"
-    for name, t in (("x", x), ("weight", weight)):
+    if a.x.dtype == torch.bfloat16 and not a.x.is_cuda:
+        return "dtype torch.bfloat16 (the interpreter multiplies it wrongly)"
+    if a.groups > 1 and a.weight.shape[1] == 1:
+        return "depthwise: one channel a group, nothing for matrix units"
+    for name, t in (("x", a.x), ("weight", a.weight)):
         if t.shape[1] > 1 and t.stride(1) != 1:
             return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
-    return None
+    if ":" not in a.candidate or torch.compiler.is_compiling():
+        return None
+    from ._triton import conv2d_act as kernels
+
+    site, _, _, how, configuration = _launched(a, _empty(a, torch.device("meta")))
+    return kernels.refuses(site, how, configuration)
 
 
-def _refuses_kernels(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *_: Any,
-) -> str | None:
-    """Return why no candidate with a kernel of ours takes a call."""
-    if wants_grad(x, weight, scale, bias, residual):
-        return "a gradient is wanted (the kernels are for inference)"
-    return refuses(x, scale, bias)
+def _on_cudnn(a: Arguments) -> Tensor:
+    from ._triton import conv2d_act as kernels
+
+    z = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+    wanted = memory_format(a.x)
+    # in place, as nobody else holds z, unless its memory format has to change on the way
+    same = z.is_contiguous(memory_format=wanted)
+    y = z if same else torch.empty_like(z, memory_format=wanted)
+    kernels.epilogue(y, z, a.scale, a.bias, a.residual, a.act)
+    return y
 
 
-def _refuses_fused(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    candidate: str,
-) -> str | None:
-    """Return why cuDNN's own fusion does not take a call: where it would copy an argument, too."""
-    reason = _refuses_kernels(x, weight, scale, bias, residual)
-    if reason is not None:
+def _on_cudnn_fused(a: Arguments) -> Tensor:
+    steps = (a.stride, a.padding, a.dilation, a.groups)
+    if a.residual is None:
+        return torch.cudnn_convolution_relu(a.x, a.weight, a.bias, *steps)
+    return torch.cudnn_convolution_add_relu(a.x, a.weight, a.residual, 1.0, a.bias, *steps)
+
+
+def _refuses_cudnn_fused(a: Arguments) -> str | None:
+    """Return why cuDNN's own fusion does not take a call; or does, but copies an argument."""
+    if (reason := _refuses_kernels(a)) is not None:
         return reason
-    if not x.is_cuda or torch.version.hip is not None:
-        return f"no cuDNN on device {x.device.type}"
-    if act != "relu":
-        return f"act {act} (cuDNN fuses relu)"
-    if scale is not None:
+    if not a.x.is_cuda or torch.version.hip is not None:
+        return f"no cuDNN on device {a.x.device.type}"
+    if a.act != "relu":
+        return f"act {a.act} (cuDNN fuses relu)"
+    if a.scale is not None:
         return "a scale (fold it into weight)"
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {x.dtype}"
-    if bias is not None and bias.dtype != x.dtype:
-        return f"bias in {bias.dtype}, not x's dtype"
-    for name, t in (("x", x), ("weight", weight), ("residual", residual)):
+    if a.x.dtype == torch.float64:
+        return f"dtype {a.x.dtype}"
+    if a.bias is not None and a.bias.dtype != a.x.dtype:
+        return f"bias in {a.bias.dtype}, not in x's dtype"
+    for name, t in (("x", a.x), ("weight", a.weight), ("residual", a.residual)):
         if t is not None and not t.is_contiguous(memory_format=torch.channels_last):
             return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
     return None
 
 
-def _refuses_onednn(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    candidate: str,
-) -> str | None:
-    """Return why oneDNN does not take a call."""
-    if wants_grad(x, weight, scale, bias, residual):
-        return "a gradient is wanted (oneDNN's epilogue is for inference)"
-    if scale is not None:
-        return "a scale (fold it into weight)"
-    return _onednn.refuses(x, weight, bias, residual, act)
+def _refuses_kernels(a: Arguments) -> str | None:
+    """Return why no candidate that runs kernels of ours takes a call."""
+    if wants_grad(*a[:5]):
+        return "a gradient is wanted (the kernels are for inference)"
+    return refuses(a.x, a.scale, a.bias)
 
 
-def _run_onednn(*args: Any) -> Tensor:
-    y = _onednn.conv2d(*args) if torch.backends.mkldnn.enabled else _eager(*args)
-    return y.contiguous(memory_format=_format(args[0]))
+def _refuses_onednn(a: Arguments) -> str | None:
+    if wants_grad(*a[:5]):
+        return "a gradient is wanted (oneDNN's epilogues are for inference)"
+    return _onednn.refuses(a)
 
 
-class Candidate(NamedTuple):
-    """An implementation: the path that `explain` shows, what runs it, why it leaves a call."""
-
-    path: str
-    run: Callable[..., Tensor]
-    refuses: Callable[..., str | None]
+def _on_onednn(a: Arguments) -> Tensor:
+    y = _onednn.conv2d(a) if torch.backends.mkldnn.enabled else _eager(*a)
+    return y.contiguous(memory_format=memory_format(a.x))
 
 
 CANDIDATES = {
-    "triton": Candidate("triton", _forward, _refuses),
-    "cudnn": Candidate("cudnn", _forward, _refuses_kernels),
-    "cudnn_fused": Candidate("cudnn", _forward, _refuses_fused),
-    "onednn": Candidate("onednn", _run_onednn, _refuses_onednn),
+    "triton": Candidate("triton", _on_triton, _refuses_triton),
+    "cudnn": Candidate("cudnn", _on_cudnn, _refuses_kernels),
+    "cudnn_fused": Candidate("cudnn", _on_cudnn_fused, _refuses_cudnn_fused),
+    "onednn": Candidate("onednn", _on_onednn, _refuses_onednn),
 }
 
 
-def _run_as(name: str, *args: Any) -> Tensor:
-    return CANDIDATES[name.partition(" ")[0]].run(*args[:-1], name)
+# ------------------------------------------------------------------------------ who runs which call
+
+
+def _refuses_as(name: str, *args: Any) -> str | None:
+    """Return why the candidate `name` does not take a call."""
+    return _candidate(name).refuses(_as(name, *args))
+
+
+def _candidate(name: str) -> Candidate:
+    found = CANDIDATES.get(name.partition(":")[0])
+    if found is None:
+        raise ValueError(f"conv2d_act: a candidate is one of {', '.join(CANDIDATES)}; got {name!r}")
+    return found
+
+
+def _as(name: str, *args: Any) -> Arguments:
+    return Arguments(*args)._replace(candidate=name)
 
 
 def _ranked(x: Tensor, *_: Any) -> tuple[str, ...]:
     """Return the candidates for a call, best first; the first that does not refuse it runs it."""
     if x.is_cuda:
         return ("cudnn",)
-    return ("triton",) if INTERPRETED else ("onednn",)
+    return ("triton",) if has_kernels(x) else ("onednn",)
 
 
 def _choose(*args: Any) -> Choice:
@@ -412,45 +260,44 @@ def _choose(*args: Any) -> Choice:
     x, given = args[0], args[-1]
     if x.is_cuda and not given and torch.compiler.is_compiling():
         # sizes may be symbols there: the registered op chooses when it runs
-        reason = _refuses_kernels(*args)
+        reason = _refuses_kernels(Arguments(*args))
         return Choice("eager", _eager, reason) if reason else Choice("cudnn", _forward, None)
     reasons: list[str] = []
     for name in (given,) if given else _ranked(*args):
-        candidate = CANDIDATES[name.partition(" ")[0]]
-        reason = candidate.refuses(*args)
-        if reason is None:
+        if (reason := _refuses_as(name, *args)) is None:
+            path = _candidate(name).path
             why = "; ".join([*reasons, f"{name} is the default until others are measured"])
-            reason = None if candidate.path == "triton" else why
-            if name == "onednn":
-                return Choice("onednn", _run_onednn, reason, lasts=True)
-            return Choice(candidate.path, partial(_run_as, name), reason)
+            if path == "onednn":  # an op of PyTorch's, and the same for all calls of a signature
+                return Choice(path, _run_onednn, why, lasts=True)
+            run = partial(_run_as, name)
+            return Choice(path, run, None if path == "triton" else why)
         reasons.append(reason)
     if given:
         raise NotImplementedError(f"conv2d_act cannot run as {given!r}: {reasons[0]}")
     return Choice("eager", _eager, reasons[0] if reasons else _refuses(*args))
 
 
+def _run_as(name: str, *args: Any) -> Tensor:
+    return _forward(*args[:-1], name)
+
+
+def _run_onednn(*args: Any) -> Tensor:
+    return _on_onednn(Arguments(*args))
+
+
 def _triton(*args: Any) -> Tensor:
     return _forward(*args[:-1], args[-1] or "triton")
 
 
-def _traffic(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    *_: Any,
-) -> Traffic:
-    P, Q = _image(x, weight, stride, padding, dilation)
-    N, K = x.shape[0], weight.shape[0]
-    y = N * K * P * Q
-    read = x.numel() + weight.numel()
-    moved = read + y * (2 if residual is not None else 1)
-    return Traffic(moved * x.element_size(), 0)
+def _refuses(*args: Any) -> str | None:
+    return _refuses_as(args[-1] or "triton", *args)
 
 
-op = Op("conv2d_act", _check, _eager, _triton, _refuses, _traffic, _choose)
+def _traffic(*args: Any) -> Traffic:
+    a = Arguments(*args)
+    N, K, P, Q = a.shape
+    y = N * K * P * Q * (1 if a.residual is None else 2)
+    return Traffic((elements_read(a) + a.weight.numel() + y) * a.x.element_size(), 0)
+
+
+op = Op("conv2d_act", check, _eager, _triton, _refuses, _traffic, _choose)

@@ -14,8 +14,9 @@ go, and that nothing else follows from them, the implementation is rehearsed, la
 with other floats; if anything else does, they are part of the signature after all.
 
 What a plan could get wrong takes the ordinary path: an implementation that computes outside of its
-kernels, kernels that are interpreted, `captured()`, hooks on launches (profilers), Triton's debug
-and instrumentation modes, a view of one of two arguments that share memory.
+kernels, kernels that are interpreted or take tensor descriptors, `captured()`, hooks on launches
+(profilers), Triton's debug and instrumentation modes, a view of one of two arguments that share
+memory.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import Launch, observed, recorded
 from ._signature import Found, Signatures
@@ -275,6 +277,8 @@ def make_plan(
     absent = [t for t in returned if not t.numel() and id(t) not in map(id, used)]
     present = [t for t in returned if id(t) not in map(id, absent)]
     found = _origins([*tensors, *present], used)
+    if any(isinstance(v, TensorDescriptor) for la, _ in launches for _, v in leaves(la.arguments)):
+        return None  # the driver encodes pointers into it
     if found is None or not all(isinstance(binary, CompiledKernel) for _, binary in launches):
         return None
     origins, scratch = found
