@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vertebra.bench import kernels
-from vertebra.bench.kernels import DIRECTIONS, Direction, Problem
+from vertebra.bench.kernels import Direction, Problem
 from vertebra.bench.results import Row
 from vertebra.bench.runner import Unavailable, first_answer
 from vertebra.bench.settings import Settings
@@ -34,8 +34,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     providers = kernels.default_providers(settings)
     if not measured:  # the peers' modules have tests of their own
         settings, providers = replace(settings, layouts=("nhwc",)), ("eager", "vertebra")
-    metafunc.parametrize("case", kernels.bench_cases((), settings), ids=lambda case: case.id)
-    metafunc.parametrize("direction", DIRECTIONS)
+    cases = kernels.bench_cases((), settings)
+    ways = [(case, way) for case in cases for way in kernels.directions(case)]
+    names = [f"{case.id}-{way}" for case, way in ways]
+    metafunc.parametrize(("case", "direction"), ways, ids=names)
     metafunc.parametrize("provider", providers)
 
 

@@ -31,6 +31,11 @@ Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
+def directions(case: Case) -> tuple[Direction, ...]:
+    """Return the passes that a case has: not every op has a backward one."""
+    return DIRECTIONS if case.differentiable else DIRECTIONS[:1]
+
+
 class Way(NamedTuple):
     """How to compute what an op computes: `bind` makes a function of a case, run on `path`."""
 
@@ -103,9 +108,9 @@ def tasks(ops: Sequence[str], settings: Settings) -> list[Task]:
     names = settings.providers or default_providers(settings)
     return [
         Task(
-            tuple(f"{case.id} {direction}" for direction in DIRECTIONS),
+            tuple(f"{case.id} {direction}" for direction in directions(case)),
             partial(compare, case, names, settings),
-            steps=len(DIRECTIONS) * (len(names) + settings.rounds + 1),
+            steps=len(directions(case)) * (len(names) + settings.rounds + 1),
         )
         for case in bench_cases(ops, settings)
     ]
@@ -239,7 +244,7 @@ def compare(case: Case, names: Sequence[str], settings: Settings, session: Sessi
     """Check and time one case, forward and backward."""
     device = torch.device(settings.device)
     problem = Problem.create(case, device)
-    for direction in DIRECTIONS:
+    for direction in directions(case):
         torch.compiler.reset()  # the same code for another shape counts as compiled too often
         comparison = Comparison(
             f"{case.id} {direction}",

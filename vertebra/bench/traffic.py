@@ -73,6 +73,7 @@ def show(console: Console) -> None:
     for op, options, ours, theirs in lines():
         cells = [op, options]
         for mine, other in zip(ours, theirs, strict=True):
-            cells += [f"{mine:.4g}", f"{other:.4g}", f"{other / mine:.2f}x"]
+            ratio = f"{other / mine:.2f}x" if mine else ""  # without a backward pass
+            cells += [f"{mine:.4g}", f"{other:.4g}", ratio]
         table.add_row(*cells)
     console.print(table)

@@ -6,6 +6,7 @@
 from ._op import Op, Traffic, backend, current_backend
 from .batch_norm_act import batch_norm_act
 from .batch_norm_act_pool import batch_norm_act_pool
+from .conv2d_act import conv2d_act
 from .drop_path_add import drop_path_add
 from .global_avg_pool import global_avg_pool
 from .global_response_norm import global_response_norm
@@ -19,6 +20,7 @@ __all__ = [
     "backend",
     "batch_norm_act",
     "batch_norm_act_pool",
+    "conv2d_act",
     "current_backend",
     "drop_path_add",
     "global_avg_pool",

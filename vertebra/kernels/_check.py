@@ -69,14 +69,17 @@ def check_parameters(op: str, x: Tensor, **parameters: Tensor | None) -> None:
         first = (name, own)
 
 
-def check_residual(op: str, x: Tensor, residual: Tensor | None) -> None:
-    """Require `residual` to look like `x`: no broadcasting, no promotion."""
+def check_residual(
+    op: str, x: Tensor, residual: Tensor | None, shape: tuple[int, ...] | None = None
+) -> None:
+    """Require `residual` to look like `x`, or have y's `shape`: no broadcasting, no promotion."""
     if residual is None:
         return
-    if residual.shape != x.shape:
+    wanted = x.shape if shape is None else shape
+    if residual.shape != wanted:
         raise ValueError(
-            f"{op}: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}; "
-            "project it (the block's downsample) or expand it first"
+            f"{op}: residual must have {'x' if shape is None else 'y'}'s shape {tuple(wanted)}, "
+            f"got {tuple(residual.shape)}; project it (the block's downsample) or expand it first"
         )
     if residual.device != x.device:
         raise ValueError(

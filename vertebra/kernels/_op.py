@@ -3,7 +3,8 @@
 An op has two implementations of one contract. `eager` is the definition, in plain PyTorch:
 autograd, Inductor and every device know what to do with it. `triton` is the fast path.
 `Op.__call__` takes the fast path unless the op *refuses*, and a refusal is a sentence, so that
-`vertebra.explain` can show it and `backend("triton")` can raise it.
+`vertebra.explain` can show it and `backend("triton")` can raise it. An op with more implementations
+than these two *chooses* among them.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from torch.autograd import forward_ad
 __all__ = [
     "INTERPRETED",
     "Call",
+    "Choice",
     "Op",
     "Registered",
     "Traffic",
     "backend",
     "current_backend",
     "define",
+    "has_kernels",
     "is_plain",
     "observe",
     "refuses",
@@ -103,6 +106,18 @@ class Traffic(NamedTuple):
     backward: int
 
 
+class Choice(NamedTuple):
+    """How a call runs: the path that `explain` shows, the implementation, why it is not Triton.
+
+    `lasts`: calls of the same signature run so without being asked about, or checked, again.
+    """
+
+    path: str
+    run: Callable[..., Any]
+    reason: str | None
+    lasts: bool = False
+
+
 class Call(NamedTuple):
     """One call of an op, as `observe` reports it."""
 
@@ -114,10 +129,11 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One contract and its two implementations, all with the same positional arguments.
+    """One contract and its implementations, all with the same positional arguments.
 
     `check` raises for arguments that break the contract, by their types, shapes, devices and flags
     alone: a call of the signature of an earlier one (`_triton._signature`) has passed it already.
+    `choose` is for an op that has more than the two implementations: how "auto" runs a call.
     """
 
     name: str
@@ -126,13 +142,15 @@ class Op:
     triton: Callable[..., Any]
     refuses: Callable[..., str | None]
     traffic: Callable[..., Traffic]
+    choose: Callable[..., Choice] | None = None
 
     def __call__(self, *args: Any) -> Any:
         x = args[0]
         if (
             isinstance(x, Tensor)
             and (x.is_cuda or INTERPRETED)
-            and _forced != "eager"
+            # what is replayed is what "auto" chose
+            and (_forced == "auto" or (_forced == "triton" and self.choose is None))
             and _observer is None
             and not torch.compiler.is_compiling()
         ):
@@ -144,6 +162,11 @@ class Op:
                 self.check(*args)
                 if self.refuses(*args) is None:
                     self._passed.note(args)
+        elif isinstance(x, Tensor) and _forced == "auto" and _observer is None:
+            found = None if torch.compiler.is_compiling() else self._chosen.find(args)
+            run = None if found is None else found[0].plans.get(torch.is_grad_enabled())
+            if run is not None:
+                return run(*args)
         return self._run(*args)
 
     @cached_property
@@ -157,17 +180,36 @@ class Op:
 
         return Signatures()
 
+    @cached_property
+    def _chosen(self) -> Any:
+        """The signatures of calls of which the choice lasts; the plan by grad mode is what runs."""
+        from ._triton._signature import Signatures
+
+        return Signatures()
+
     def _run(self, *args: Any) -> Any:
         self.check(*args)
-        reason = "backend is set to eager" if _forced == "eager" else self.refuses(*args)
-        if reason is not None and _forced == "triton":
+        choice = self._choice(*args)
+        if choice.lasts and is_plain(args):
+            self._chosen.note(args)[0].plans[torch.is_grad_enabled()] = choice.run
+        if _observer is not None:
+            _observer(Call(self, args, choice.path, choice.reason))
+        return choice.run(*args)
+
+    def _choice(self, *args: Any) -> Choice:
+        if _forced == "eager":
+            return Choice("eager", self.eager, "backend is set to eager")
+        if _forced == "auto" and self.choose is not None:
+            return self.choose(*args)
+        reason = self.refuses(*args)
+        if reason is None:
+            return Choice("triton", self.triton, None)
+        if _forced == "triton":
             raise NotImplementedError(
                 f"{self.name} cannot run on Triton: {reason}. "
                 f'Use backend("auto") to let such calls run in eager PyTorch.'
             )
-        if _observer is not None:
-            _observer(Call(self, args, "triton" if reason is None else "eager", reason))
-        return self.triton(*args) if reason is None else self.eager(*args)
+        return Choice("eager", self.eager, reason, lasts=True)
 
 
 @contextmanager
@@ -185,13 +227,18 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_PIXELS = 2**31 - 2**16
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Return whether kernels run where x is."""
+    return x.is_cuda or (INTERPRETED and x.is_cpu)
+
+
 def refuses(x: Tensor, *rest: Any) -> str | None:
     """Return why no kernel takes a call with these arguments: the limits that all ops have."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage]
         return "forward-mode differentiation, which kernels have no rule for"
-    if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
+    if not has_kernels(x):
         return f"device {x.device.type} (Triton needs a GPU, or TRITON_INTERPRET=1 on the CPU)"
     if x.dtype not in _DTYPES:
         return f"dtype {x.dtype}"

@@ -14,8 +14,10 @@ shapes and optional arguments; for a `--sampled` one, one per kernel and layout.
   along one axis, channels or pixels, v elements (the greatest power of two that divides offset and
   length of every run along that axis) or 128 bits are one access, unless a lane owns fewer. Its
   module may declare that a kernel's runs end with the row (`ROWS`), and which arguments it reads
-  or writes element by element (`GATHERS`), both with the reason;
-* it has a dot that is not on tensor cores, or wgmmas that ptxas has serialized.
+  or writes element by element (`GATHERS`), both with the reason. Where it lists which blocks a lane
+  shares each map's tile in (`TILES_OF_MAPS`), maps are judged one by one, by their channels;
+* it has a dot that is not on tensor cores, or wgmmas that ptxas has serialized; or, in a kernel
+  that its module lists in `FROM_SHARED`, wgmmas with an operand from registers.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ from torch import Tensor
 from ..kernels._op import INTERPRETED
 from ..kernels._triton import _aot
 from ..kernels._triton._aot import Binary, Target, leaves
+from ..kernels._triton._device import assumed
 from ..kernels._triton._launch import Launch, granted
 from .cases import Case, cases
 from .launches import launches as launches_of
+from .traffic import descriptors
 
 # ------------------------------------------------------------------------------ what is compiled
 
@@ -51,7 +55,7 @@ def declared() -> list[Case]:
 
 
 def launches(case: Case) -> list[Launch]:
-    """Return what a GPU would launch for `case`, every gradient wanted, and then only the maps'."""
+    """Return what an H100 would launch for `case`: every gradient wanted, then only the maps'."""
     maps = tuple(name for name in case.differentiable if name not in case.subject.parameters)
     found: list[Launch] = []
     for wanted in dict.fromkeys((case.differentiable, maps)):
@@ -75,7 +79,7 @@ class Build(NamedTuple):
     @property
     def row(self) -> tuple[str, str, str]:
         """Kernel, layout and dtype: the row of the table it belongs to."""
-        tensors = list(_tensors(self.launch).values())
+        tensors = [*_tensors(self.launch).values(), *descriptors(self.launch.arguments)]
         first = next((t for t in tensors if t.dim() == 4), tensors[0])
         layout = contiguity(first)[0] if first.dim() == 4 else ""
         return self.launch.kernel.__name__, layout, str(first.dtype).removeprefix("torch.")
@@ -98,8 +102,12 @@ def builds(targets: Iterable[str], of: Iterable[Case], only: str = "") -> list[B
     """Return the distinct binaries of the launches of cases, where the label contains `only`."""
     found: dict[tuple[str, str], Build] = {}
     for case in dict.fromkeys(of):
-        for launch in launches(case):
-            for target in targets:
+        same: list[Launch] | None = None
+        for target in targets:
+            with assumed(_aot.TARGETS[target].device) as asked:
+                mine = launches(case) if same is None else same
+            same = None if asked else mine
+            for launch in mine:
                 key = _aot.identity(launch, _aot.TARGETS[target])
                 build = found.setdefault((target, key), Build(key, target, []))
                 build.launches.append((launch, case))
@@ -209,6 +217,9 @@ def contiguity(t: Tensor, *, by_rows: bool = False) -> tuple[str, int]:
 def required_bits(launch: Launch, target: Target) -> dict[str, int]:
     """Return how wide every access of each map must at least be; the module docstring says why."""
     kernel, module = launch.kernel.__name__, sys.modules[launch.kernel.__module__]
+    lanes = launch.arguments["num_warps"] * target.gpu.warp_size
+    if (tiles := getattr(module, "TILES_OF_MAPS", {}).get(kernel)) is not None:
+        return _required_bits_by_channels(launch, tiles, lanes)
     gathered = getattr(module, "GATHERS", {}).get(kernel, ())
     by_rows = kernel in getattr(module, "ROWS", ())
     maps = {
@@ -222,9 +233,21 @@ def required_bits(launch: Launch, target: Target) -> dict[str, int]:
     axes, divisors = zip(*runs, strict=True) if runs else ((), ())
     elements = math.gcd(16, *divisors) if len(set(axes)) == 1 else 1
     blocks = [size for name, size in launch.arguments.items() if name.startswith("BLOCK")]
-    lanes = launch.arguments["num_warps"] * target.gpu.warp_size
     elements = min(elements, max(1, math.prod(blocks) // lanes))
     return {name: min(128, 8 * t.itemsize * elements) for name, t in maps.items()}
+
+
+def _required_bits_by_channels(
+    launch: Launch, tiles: dict[str, tuple[str, ...]], lanes: int
+) -> dict[str, int]:
+    found: dict[str, int] = {}
+    maps = _tensors(launch)
+    for name in tiles.keys() & maps.keys():
+        axis, divisor = contiguity(maps[name])
+        elements = math.gcd(16, divisor) if axis == "channels" else 1
+        of_lane = math.prod(launch.arguments[block] for block in tiles[name]) // lanes
+        found[name] = min(128, 8 * maps[name].itemsize * min(elements, max(1, of_lane)))
+    return found
 
 
 def failures(build: Build, binary: Binary) -> list[str]:
@@ -249,7 +272,9 @@ def failures(build: Build, binary: Binary) -> list[str]:
         if not any(name in width for _, width in accesses):
             found.append(f"no access of {name}: a needless argument, or the gate is blind")
         for way, width in accesses:
-            if width.get(name, bits) < bits:
+            # AMD's matrix units leave four results to a lane, and triton stores them from there
+            of_four = way == "stores" and binary.dots > 0 and target.gpu.backend == "hip"
+            if width.get(name, bits) < (min(bits, 64) if of_four else bits):
                 narrow[width[name], bits, case].append(f"{way} {name}")
     for (bits, allowed, case), names in narrow.items():
         which = ", ".join(sorted(names))
@@ -261,6 +286,10 @@ def failures(build: Build, binary: Binary) -> list[str]:
 
     if binary.dots and not binary.matrix:
         found.append(f"{binary.dots} dots and no matrix instruction {target.matrix}")
+    if binary.from_registers and build.launch.kernel.__name__ in getattr(
+        sys.modules[build.launch.kernel.__module__], "FROM_SHARED", ()
+    ):
+        found.append(f"{binary.from_registers} of {binary.matrix} wgmmas read registers")
     if binary.serialized:
         found.append("ptxas has serialized its wgmmas")
     return found

@@ -49,7 +49,8 @@ def launches(case: Case, wanted: tuple[str, ...]) -> Launches:
         with captured() as forward:
             y = call.op.triton(*call.args)
         with captured() as backward:
-            y.backward(inputs["dy"])
+            if y.requires_grad:
+                y.backward(inputs["dy"])
     return Launches(call, _detached(forward), _detached(backward))
 
 

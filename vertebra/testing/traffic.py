@@ -38,7 +38,8 @@ def eager(case: Case) -> Traffic:
         with _Counter() as forward:
             y = case.run({**inputs, **leaves})["y"]
         with _Counter() as backward:
-            torch.autograd.grad(y, [*leaves.values()], inputs["dy"])
+            if leaves:
+                torch.autograd.grad(y, [*leaves.values()], inputs["dy"])
     return Traffic(forward.bytes, backward.bytes)
 
 
@@ -48,11 +49,19 @@ def launched(launches: list[Launch]) -> int:
     A launch that is given one map as two arguments finds it in the cache the second time.
     """
     found = ({id(t): t for t in tensors_in(launch.arguments)} for launch in launches)
-    return sum(_bytes(distinct.values()) for distinct in found)
+    described = (t for launch in launches for t in descriptors(launch.arguments))
+    return sum(_bytes(distinct.values()) for distinct in found) + sum(t.nbytes for t in described)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.dim() == 4)
+
+
+def descriptors(arguments: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the maps that a launch's tensor descriptors are of: views, of any rank."""
+    for argument in arguments.values():
+        if isinstance(base := getattr(argument, "base", None), Tensor):
+            yield base
 
 
 def _is_vector(t: Tensor) -> bool:

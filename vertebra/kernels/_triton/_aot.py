@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from ._device import Device
 from ._launch import Launch, limits
 
 VERSION = triton.__version__
@@ -44,6 +45,12 @@ class Target(NamedTuple):
     gpu: GPUTarget
     shared: int
     matrix: str
+
+    @property
+    def device(self) -> Device:
+        """One of the family, as configurations see it."""
+        arch = int(self.gpu.arch) if self.gpu.backend == "cuda" else 0
+        return Device(arch, self.shared, 132)
 
 
 TARGETS = {
@@ -59,7 +66,9 @@ class Binary(NamedTuple):
     """What one compiled launch uses.
 
     `loads` and `stores` are the bits of the narrowest access, by pointer argument; `dots` are those
-    that belong on tensor cores, `matrix` the instructions there that do them.
+    that belong on tensor cores, `matrix` the instructions there that do them, `from_registers`
+    those of them that take an operand from registers though wgmma could read shared memory;
+    `bulk` are the copies by tensor descriptors.
     """
 
     registers: int
@@ -72,6 +81,8 @@ class Binary(NamedTuple):
     widest_store: int
     dots: int
     matrix: int
+    from_registers: int
+    bulk: int
     serialized: bool
 
 
@@ -155,6 +166,8 @@ def measured(results: Sequence[Compiled], target: Target) -> list[Binary]:
                 stores=stores,
                 dots=_dots(result.asm["ttir"]),
                 matrix=len(re.findall(target.matrix, code)),
+                from_registers=len(re.findall(r"\b[HIBQ]GMMA\.\S+ R\d+, R", code)),
+                bulk=len(re.findall(r"\bUTMA(?:LDG|STG)", code)),
                 serialized="serialized" in result.log,
             )
         )

@@ -28,6 +28,7 @@ from torch._C._dynamo import guards
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import Launch
 
@@ -72,6 +73,9 @@ def make_plan(
     present = [t for t in returned if id(t) not in map(id, absent)]
     known = [*tensors, *present]
     found = _origins(known, used)
+    taken = [v for launch, _ in launches for _, v in leaves(launch.arguments)]
+    if any(isinstance(v, TensorDescriptor) for v in taken):
+        return None  # the driver encodes pointers into it
     if found is None or not all(isinstance(binary, CompiledKernel) for _, binary in launches):
         return None
     origins, scratch = found

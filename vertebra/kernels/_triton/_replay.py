@@ -11,8 +11,9 @@ go, and that nothing else follows from them, the implementation is rehearsed, la
 with other floats; if anything else does, they are part of the signature after all.
 
 What a plan could get wrong takes the ordinary path: an implementation that computes outside of its
-kernels, kernels that are interpreted, `captured()`, hooks on launches (profilers), Triton's debug
-and instrumentation modes, a view of one of two arguments that share memory.
+kernels, kernels that are interpreted or take tensor descriptors, `captured()`, hooks on launches
+(profilers), Triton's debug and instrumentation modes, a view of one of two arguments that share
+memory.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 from . import (
     batch_norm_act,
     batch_norm_act_pool,
+    conv2d_act,
     drop_path_add,
     global_avg_pool,
     global_response_norm,
@@ -27,6 +28,7 @@ SUBJECTS.update(
         "squeeze_excite": squeeze_excite.SUBJECT,
         "drop_path_add": drop_path_add.SUBJECT,
         "batch_norm_act_pool": batch_norm_act_pool.SUBJECT,
+        "conv2d_act": conv2d_act.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)

@@ -131,11 +131,12 @@ class Draw:
 class Subject:
     """An op under test.
 
-    `draw` yields the inputs by name, "x" and "dy" (as y) among them, None where left out; `run`
-    calls the op. `parameters` are the differentiable inputs that the option "frozen" freezes,
-    `updated` the inputs a call may write. `terms(case, name, value)` is how many values an answer
-    adds up, for the error budget. `settle` returns dy with zeros where the gradient is one of two
-    values and which one is not part of the contract.
+    `draw` yields the inputs by name, "x" and "dy" (as y) among them, None where left out; "dy" only
+    where the op has a backward pass, that is, something `differentiable`. `run` calls the op.
+    `parameters` are the differentiable inputs that the option "frozen" freezes, `updated` the
+    inputs a call may write. `terms(case, name, value)` is how many values an answer adds up, for
+    the error budget. `settle` returns dy with zeros where the gradient is one of two values and
+    which one is not part of the contract.
     """
 
     draw: Callable[[Case, Draw], Inputs]

@@ -1,0 +1,303 @@
+"""Convolution with everything behind it: scale, bias, residual and activation in its epilogue.
+
+    y = act(conv2d(x, weight) * scale + bias + residual)
+
+Inference only: a call that wants a gradient runs the eager definition, which is differentiable.
+
+Shapes   x (N, C, H, W); weight (K, C/groups, R, S); scale, bias (K,) or None;
+         residual, y (N, K, P, Q), P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, Q alike
+Dtypes   x fp16 | bf16 | fp32 | fp64, weight, residual and y as x; scale and bias as x or fp32; sums
+         and epilogue in fp32 (fp64 for fp64), one rounding, to y. fp32 is multiplied as fp32 or
+         TF32, as `torch.backends.cudnn.conv.fp32_precision` says. Under autocast all is cast to its
+         type
+Layout   any strides; y has x's memory format. Kernels of ours need x and weight in channels_last
+Bytes    x, weight, residual and y once each; where steps are longer than the window, of x only the
+         pixels that a window has
+Saves    nothing
+Raises   ValueError, TypeError: rank, shape, groups, step, device or dtype of an argument; unknown
+         act
+Source   Chetlur et al. 2014 (arXiv:1410.0759), implicit GEMM. Like aten up to rounding: aten rounds
+         after the convolution, the scale, the bias and the add
+
+There are several implementations, the *candidates*, by name:
+
+    triton        one kernel of ours; a configuration may follow, "triton:gather:128x64x64x1:w4:s3"
+    cudnn         PyTorch's convolution, and one kernel of ours for the rest
+    cudnn_fused   cuDNN's own convolution + bias (+ residual) + relu
+    onednn        oneDNN's, on CPUs, with weights packed once (`_onednn`)
+
+and the eager definition. `_choose` is where they compete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _onednn
+from ._act import finish
+from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision
+from ._op import Choice, Op, Traffic, define, has_kernels, refuses, wants_grad
+
+
+def conv2d_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Return `act(conv2d(x, weight) * scale + bias + residual)`; the module docstring has the rest.
+
+    >>> x = torch.tensor([1.0, -2.0, 3.0]).reshape(1, 1, 1, 3)
+    >>> weight = torch.tensor([1.0, 1.0]).reshape(1, 1, 1, 2)
+    >>> conv2d_act(x, weight, torch.tensor([0.5]), act="relu").flatten()
+    tensor([0.0000, 1.5000])
+    """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, weight, residual = _autocast(x, weight, residual)
+    steps = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation))
+    return op(x, weight, scale, bias, residual, *steps, groups, act, precision(x), "")
+
+
+def _autocast(
+    x: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast casts the arguments of a convolution."""
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return x, weight, residual
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if residual is None else residual.to(dtype)
+
+
+def _eager(*args: Any) -> Tensor:
+    a = Arguments(*args)
+    y = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+    if a.scale is not None:
+        y = y * a.scale[:, None, None]
+    if a.bias is not None:
+        y = y + a.bias[:, None, None]
+    y = y.to(a.x.dtype).contiguous(memory_format=memory_format(a.x))
+    return finish(y, a.residual, a.act)
+
+
+def _output(*args: Any) -> Tensor:
+    a = Arguments(*args)
+    return _empty(a, a.x.device)
+
+
+def _empty(a: Arguments, device: torch.device) -> Tensor:
+    wanted = memory_format(a.x)
+    return torch.empty(a.shape, dtype=a.x.dtype, device=device, memory_format=wanted)
+
+
+@define(
+    "conv2d_act(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str act, str precision, "
+    "str candidate) -> Tensor",
+    _output,
+)
+def _forward(*args: Any) -> Tensor:
+    """Run the candidate that is named, or else that is best for the sizes of this call."""
+    name = args[-1] or next(n for n in _ranked(*args) if _refuses_as(n, *args) is None)
+    return _candidate(name).compute(_as(name, *args))
+
+
+# ---------------------------------------------------------------------------------- the candidates
+
+
+class Candidate(NamedTuple):
+    """An implementation: the path that `explain` shows, what computes it, why it leaves a call."""
+
+    path: str
+    compute: Callable[[Arguments], Tensor]
+    refuses: Callable[[Arguments], str | None]
+
+
+def _on_triton(a: Arguments) -> Tensor:
+    from ._triton import conv2d_act as kernels
+
+    y = _output(*a)
+    kernels.forward(*_launched(a, y))
+    return y
+
+
+def _launched(a: Arguments, y: Tensor) -> tuple[Any, ...]:
+    """Return a call as the kernels' launcher takes it."""
+    from ._triton._conv import Site
+
+    # PyTorch's dispatcher makes lists of pairs
+    stride, padding, dilation = ((s[0], s[1]) for s in (a.stride, a.padding, a.dilation))
+    site = Site(y, a.x, a.weight, a.residual, stride, padding, dilation, a.groups)
+    how = a.candidate.partition(":")[2]
+    return site, (a.scale, a.bias), a.act, a.precision or precision(a.x), how
+
+
+def _refuses_triton(a: Arguments) -> str | None:
+    if (reason := _refuses_kernels(a)) is not None:
+        return reason
+    if a.x.dtype == torch.float64:
+        return "dtype torch.float64 (convolution in double precision)"
+    if a.x.dtype == torch.bfloat16 and not a.x.is_cuda:
+        return "dtype torch.bfloat16 (the interpreter multiplies it wrongly)"
+    if a.groups > 1 and a.weight.shape[1] == 1:
+        return "depthwise: one channel a group, nothing for matrix units"
+    for name, t in (("x", a.x), ("weight", a.weight)):
+        if t.shape[1] > 1 and t.stride(1) != 1:
+            return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
+    if ":" not in a.candidate or torch.compiler.is_compiling():
+        return None
+    from ._triton import conv2d_act as kernels
+
+    site, _, _, how, configuration = _launched(a, _empty(a, torch.device("meta")))
+    return kernels.refuses(site, how, configuration)
+
+
+def _on_cudnn(a: Arguments) -> Tensor:
+    from ._triton import conv2d_act as kernels
+
+    z = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+    wanted = memory_format(a.x)
+    # in place, as nobody else holds z, unless its memory format has to change on the way
+    same = z.is_contiguous(memory_format=wanted)
+    y = z if same else torch.empty_like(z, memory_format=wanted)
+    kernels.epilogue(y, z, a.scale, a.bias, a.residual, a.act)
+    return y
+
+
+def _on_cudnn_fused(a: Arguments) -> Tensor:
+    steps = (a.stride, a.padding, a.dilation, a.groups)
+    if a.residual is None:
+        return torch.cudnn_convolution_relu(a.x, a.weight, a.bias, *steps)
+    return torch.cudnn_convolution_add_relu(a.x, a.weight, a.residual, 1.0, a.bias, *steps)
+
+
+def _refuses_cudnn_fused(a: Arguments) -> str | None:
+    """Return why cuDNN's own fusion does not take a call; or does, but copies an argument."""
+    if (reason := _refuses_kernels(a)) is not None:
+        return reason
+    if not a.x.is_cuda or torch.version.hip is not None:
+        return f"no cuDNN on device {a.x.device.type}"
+    if a.act != "relu":
+        return f"act {a.act} (cuDNN fuses relu)"
+    if a.scale is not None:
+        return "a scale (fold it into weight)"
+    if a.x.dtype == torch.float64:
+        return f"dtype {a.x.dtype}"
+    if a.bias is not None and a.bias.dtype != a.x.dtype:
+        return f"bias in {a.bias.dtype}, not in x's dtype"
+    for name, t in (("x", a.x), ("weight", a.weight), ("residual", a.residual)):
+        if t is not None and not t.is_contiguous(memory_format=torch.channels_last):
+            return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
+    return None
+
+
+def _refuses_kernels(a: Arguments) -> str | None:
+    """Return why no candidate that runs kernels of ours takes a call."""
+    if wants_grad(*a[:5]):
+        return "a gradient is wanted (the kernels are for inference)"
+    return refuses(a.x, a.scale, a.bias)
+
+
+def _refuses_onednn(a: Arguments) -> str | None:
+    if wants_grad(*a[:5]):
+        return "a gradient is wanted (oneDNN's epilogues are for inference)"
+    return _onednn.refuses(a)
+
+
+def _on_onednn(a: Arguments) -> Tensor:
+    y = _onednn.conv2d(a) if torch.backends.mkldnn.enabled else _eager(*a)
+    return y.contiguous(memory_format=memory_format(a.x))
+
+
+CANDIDATES = {
+    "triton": Candidate("triton", _on_triton, _refuses_triton),
+    "cudnn": Candidate("cudnn", _on_cudnn, _refuses_kernels),
+    "cudnn_fused": Candidate("cudnn", _on_cudnn_fused, _refuses_cudnn_fused),
+    "onednn": Candidate("onednn", _on_onednn, _refuses_onednn),
+}
+
+
+# ------------------------------------------------------------------------------ who runs which call
+
+
+def _refuses_as(name: str, *args: Any) -> str | None:
+    """Return why the candidate `name` does not take a call."""
+    return _candidate(name).refuses(_as(name, *args))
+
+
+def _candidate(name: str) -> Candidate:
+    found = CANDIDATES.get(name.partition(":")[0])
+    if found is None:
+        raise ValueError(f"conv2d_act: a candidate is one of {', '.join(CANDIDATES)}; got {name!r}")
+    return found
+
+
+def _as(name: str, *args: Any) -> Arguments:
+    return Arguments(*args)._replace(candidate=name)
+
+
+def _ranked(x: Tensor, *_: Any) -> tuple[str, ...]:
+    """Return the candidates for a call, best first; the first that does not refuse it runs it."""
+    if x.is_cuda:
+        return ("cudnn",)
+    return ("triton",) if has_kernels(x) else ("onednn",)
+
+
+def _choose(*args: Any) -> Choice:
+    """Return how "auto" runs a call: the one place where candidates compete."""
+    x, given = args[0], args[-1]
+    if x.is_cuda and not given and torch.compiler.is_compiling():
+        # sizes may be symbols there: the registered op chooses when it runs
+        reason = _refuses_kernels(Arguments(*args))
+        return Choice("eager", _eager, reason) if reason else Choice("cudnn", _forward, None)
+    reasons: list[str] = []
+    for name in (given,) if given else _ranked(*args):
+        if (reason := _refuses_as(name, *args)) is None:
+            path = _candidate(name).path
+            why = "; ".join([*reasons, f"{name} is the default until others are measured"])
+            if path == "onednn":  # an op of PyTorch's, and the same for all calls of a signature
+                return Choice(path, _run_onednn, why, lasts=True)
+            run = partial(_run_as, name)
+            return Choice(path, run, None if path == "triton" else why)
+        reasons.append(reason)
+    if given:
+        raise NotImplementedError(f"conv2d_act cannot run as {given!r}: {reasons[0]}")
+    return Choice("eager", _eager, reasons[0] if reasons else _refuses(*args))
+
+
+def _run_as(name: str, *args: Any) -> Tensor:
+    return _forward(*args[:-1], name)
+
+
+def _run_onednn(*args: Any) -> Tensor:
+    return _on_onednn(Arguments(*args))
+
+
+def _triton(*args: Any) -> Tensor:
+    return _forward(*args[:-1], args[-1] or "triton")
+
+
+def _refuses(*args: Any) -> str | None:
+    return _refuses_as(args[-1] or "triton", *args)
+
+
+def _traffic(*args: Any) -> Traffic:
+    a = Arguments(*args)
+    N, K, P, Q = a.shape
+    y = N * K * P * Q * (1 if a.residual is None else 2)
+    return Traffic((elements_read(a) + a.weight.numel() + y) * a.x.element_size(), 0)
+
+
+op = Op("conv2d_act", check, _eager, _triton, _refuses, _traffic, _choose)
