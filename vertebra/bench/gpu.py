@@ -81,7 +81,6 @@ STAGES: dict[str, Stage] = {
     "models": measuring("models"),
     "train": measuring("train"),
     "compile": measuring("compile"),
-    "compile": measuring("compile"),
 }
 
 
