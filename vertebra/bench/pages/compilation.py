@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from .. import report
-from ..results import Comparison, Row
+from ..compile import verdicts
+from ..results import Comparison, Report, Row
 from .charts import shown
-from .markdown import bullets, folded, paragraphs, table
+from .markdown import bullets, code, folded, paragraphs, table
 from .measures import outcome
 from .runs import NO_GPU_RUN, failures, noise, provenance, where
 from .sources import Sources
@@ -18,7 +18,8 @@ from .sources import Sources
 def compilation(sources: Sources) -> str:
     """Return every run of the comparison with torch.compile."""
     found = sources.of("compile")
-    parts = [] if any(run.on_gpu for run in found) else [NO_GPU_RUN.format("`bench compile`")]
+    command = code("vertebra bench compile")
+    parts = [] if any(run.on_gpu for run in found) else [NO_GPU_RUN.format(command)]
     for run in found:
         aspects: dict[str, list[Comparison]] = {}
         for comparison in run.report.comparisons:
@@ -28,11 +29,24 @@ def compilation(sources: Sources) -> str:
             for aspect, (title, draw) in _ASPECTS.items()
             if aspect in aspects
         ]
-        steady = replace(run.report, comparisons=aspects.get("steady", []))
-        sentences = [*report.tally(steady), *failures(run.report), *run.report.notes, *noise(run)]
+        sentences = [*_tally(run.report), *failures(run.report), *run.report.notes, *noise(run)]
         parts += [f"### torch.compile: {where(run.report)}", shown(run)]
-        parts += [bullets(sentences), *tables, provenance(run)]
+        parts += [bullets(sentences), *tables]
+        if pays := bullets(map(str, verdicts.payoffs(run.report))):
+            parts.append(folded("After how many images compiling has paid", pays))
+        parts.append(provenance(run))
     return paragraphs(*parts)
+
+
+def _tally(found: Report) -> Iterator[str]:
+    """Say how many questions we win, and name those we lose."""
+    judged = verdicts.verdicts(found)
+    count = Counter(verdict.outcome for verdict in judged)
+    yield (
+        f"Of {len(judged)} questions ours wins {count['win']}, ties in {count['tie']} and loses "
+        f"{count['loss']}."
+    )
+    yield from (f"a loss: {verdict}" for verdict in judged if verdict.outcome == "loss")
 
 
 def _subject(comparison: Comparison) -> str:
@@ -62,9 +76,8 @@ def _starts(comparisons: Sequence[Comparison]) -> str:
     """Return the seconds to a first answer in a fresh process; behind it, with what is cached."""
 
     def cell(_: Comparison, row: Row) -> str:
-        again = [s["restart_s"] for s in row.facts.get("starts", []) if s["restart_s"] is not None]
-        cached = f", {statistics.median(again):.1f} cached" if again else ""
-        return f"{row.median_ms / 1e3:.1f}{cached}"
+        again = verdicts.median_of(row, "restart_s")
+        return f"{row.median_ms / 1e3:.1f}" + ("" if again is None else f", {again:.1f} cached")
 
     return _by_provider(comparisons, "mode", cell)
 
