@@ -82,13 +82,14 @@ _REFUSED = ("weights", "features_only", "out_indices")
 class VertebraConfig(BackboneConfigMixin, PreTrainedConfig):
     """Which network, and what of its features.
 
-    Args:
+    Takes its attributes, and what `transformers.PreTrainedConfig` takes, among that `num_labels` or
+    `id2label` for a classifier, `out_features` or `out_indices` for a backbone.
+
+    Attributes:
         architecture: a name of `vertebra.list_models()`.
         num_channels: of the images.
         model_args: further options of `vertebra.create_model`, as JSON has them: an activation or a
             norm goes by its name.
-        kwargs: those of `transformers.PreTrainedConfig`, among them `num_labels` or `id2label` for
-            a classifier, `out_features` or `out_indices` for a backbone.
 
     Raises:
         KeyError: there is no such network.
