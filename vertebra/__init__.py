@@ -2,7 +2,7 @@
 
 from . import interop, kernels, models, nn
 from ._explain import explain
-from .interop import accelerate, restore
+from .interop import accelerate, fuse, restore
 from .kernels import backend
 from .models import create_model, get_weight, list_models, register_model
 
@@ -12,6 +12,7 @@ __all__ = [
     "backend",
     "create_model",
     "explain",
+    "fuse",
     "get_weight",
     "interop",
     "kernels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
@@ -43,9 +43,11 @@ class Explanation(list[Site]):
 
     def summary(self) -> list[str]:
         """Return how many sites took which path, the floor of all, and what was left and why."""
-        on_triton = sum(site.path == "triton" for site in self)
+        paths = Counter(site.path for site in self)
+        others = "".join(f", {n} on {p}" for p, n in paths.items() if p not in ("triton", "eager"))
         total = sum(site.floor_us for site in self)
-        lines = [f"{on_triton} of {len(self)} sites on Triton; floor {total:.1f} us in all"]
+        on = f"{paths['triton']} of {len(self)} sites on Triton{others}"
+        lines = [f"{on}; floor {total:.1f} us in all"]
         reasons: dict[tuple[str, str | None], list[str]] = defaultdict(list)
         for site in self.left:
             reasons[site.cls.rpartition(".")[2], site.reason].append(site.name or "the model")
@@ -129,6 +131,8 @@ def explain(model: nn.Module, x: Tensor, *, bandwidth: float | None = None) -> E
     with _undone(model), _named_calls(model, path, sites, alone), observe(record), torch.no_grad():
         model(x)
     sites.left = [site for site in interop.report(model) if site.reason is not None]
+    if interop.is_fused_model(model):
+        sites.left += interop.unfused(model)
     known = {site.name for site in sites.left}
     sites.left += [
         interop.Site(name, path_of(type(module)), "no block here fuses it")

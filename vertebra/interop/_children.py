@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import norm_act
+from ..nn import conv_norm_act, norm_act
 from ..nn._act import fusible_act
+from ..nn.fused import Folded, is_fused
 from ..nn.norm_act import is_bare
 
 
@@ -19,18 +20,26 @@ def in_steps(
 ) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """Yield what to run, one after the other, each with the name of the last child that it runs.
 
-    A batch norm, its activation and the pool behind that are one, unless what is between is wanted.
+    A convolution, its batch norm, the activation and the pool behind that are one, unless what is
+    between is wanted.
     """
     rest = list(children)
     while rest:
         (name, module), *rest = rest
         run: Any = module
-        if is_bare(module) and name not in wanted and rest and fusible_act(rest[0][1]):
+        norm = partial(norm_act, module)
+        if name not in wanted and rest and is_fused(module) and type(rest[0][1]) is Folded:
+            (name, folded), *rest = rest
+            run = norm = partial(conv_norm_act, module, folded)
+        elif not is_bare(module):
+            yield name, run
+            continue
+        if name not in wanted and rest and fusible_act(rest[0][1]):
             (name, act), *rest = rest
             pool = None
             if name not in wanted and rest and type(rest[0][1]) is nn.MaxPool2d:
                 (name, pool), *rest = rest
-            run = partial(norm_act, module, act=act, pool=pool)
+            run = partial(norm, act=act, pool=pool)
         yield name, run
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import importlib
 import inspect
 import textwrap
 import warnings
@@ -89,13 +90,17 @@ def _written(node: Any) -> str:
 class Swapped(nn.Module):
     """What all classes that modules are put on have in common.
 
-    A pickled module is one of its own class again: what loads it needs none of this.
+    A pickled module is one of its own class again: what loads it needs none of this. But one of a
+    fused model, which needs this library anyway, `stays` what it is.
     """
 
     _own: ClassVar[type[nn.Module]]
+    stays = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, (_, *rest), *state = super().__reduce_ex__(1)  # the oldest that takes another class
+        if self.stays:
+            return (_make_swapped, (self._own,), *state)
         return (make, (self._own, *rest), *state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -103,6 +108,19 @@ class Swapped(nn.Module):
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
+
+
+def _make_swapped(own: type[nn.Module]) -> nn.Module:
+    """Return a module without state, on the class that those of class `own` are put on, if any."""
+    load(own.__module__.partition(".")[0])
+    cls = _swapped(own)
+    return nn.Module.__new__(own if isinstance(cls, str) else cls)
+
+
+@cache
+def load(library: str) -> None:
+    """Register the recipes for a library, which whoever has a module of it has imported."""
+    importlib.import_module(f"{__package__}._{library}")
 
 
 def path_of(cls: type) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.fx
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import (
     BatchNormAct2d,
+    ConvNorms,
     DropBlock2d,
     DropPath,
     FrozenBatchNormAct2d,
@@ -19,13 +20,14 @@ from ..nn import (
     LayerScale2d,
     SqueezeExcite,
     attn_act,
-    norm_act,
+    conv_norm_act,
 )
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
+from ..nn.fused import Folded, MlpNames, linear_act, takes_add
 from ..nn.norm_act import normalise
 from ._children import collect, in_steps
-from ._swap import accelerates
+from ._swap import accelerates, path_of, reading
 
 # layers: those that are ours under another name take our forward, by which our blocks know them
 
@@ -44,6 +46,7 @@ class _GELU:
 @accelerates("timm.layers.norm_act.BatchNormAct2d", forward="e5416605abb8")
 @accelerates("timm.layers.norm_act.FrozenBatchNormAct2d", forward="81d075486315")
 class _NormAct:
+    ENDS_IN_ACT = True
     drop: nn.Module
     act: nn.Module
 
@@ -108,6 +111,7 @@ def _is_bare(norm: Any) -> bool:
 class _ConvNormAct:
     """Also takes what a block ends in: `act(drop(conv_norm(x)) + residual)`."""
 
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv", "bn"),)
     conv: nn.Module
     bn: nn.Module
 
@@ -118,11 +122,14 @@ class _ConvNormAct:
         act: nn.Module | None = None,
         drop: nn.Module | None = None,
     ) -> Tensor:
-        y, aa = self.conv(x), getattr(self, "aa", None)
+        aa = getattr(self, "aa", None)
         ends = isinstance(act, nn.Module)  # left out, it is None or the proxy of an argument
-        if ends and aa is None and _is_bare(self.bn) and not isinstance(x, torch.fx.Proxy):
-            return normalise(self.bn, y, act, residual, drop=drop)
-        y = self.bn(y)
+        if ends and aa is None and not isinstance(x, torch.fx.Proxy):
+            if type(self.bn) is Folded:
+                return conv_norm_act(self.conv, self.bn, x, act, residual, drop=drop)
+            if _is_bare(self.bn):
+                return normalise(self.bn, self.conv(x), act, residual, drop=drop)
+        y = conv_norm_act(self.conv, self.bn, x)
         y = y if aa is None else aa(y)
         return act(drop_add(drop, y, residual)) if ends else y
 
@@ -138,16 +145,19 @@ def _has_other_norms(module: Any) -> str | None:
     return None
 
 
-def _end(norm: nn.Module, x: Tensor, act: nn.Module, shortcut: Tensor, block: Any) -> Tensor:
-    """Return what a block of a ResNet makes of the output of its last convolution."""
+def _end(
+    conv: nn.Module, norm: nn.Module, x: Tensor, act: nn.Module, shortcut: Tensor, block: Any
+) -> Tensor:
+    """Return what a block of a ResNet makes of the input of its last convolution."""
     if block.se is None:
-        return norm_act(norm, x, act, shortcut, drop=block.drop_path)
-    x = norm_act(norm, x, None)
+        return conv_norm_act(conv, norm, x, act, shortcut, drop=block.drop_path)
+    x = conv_norm_act(conv, norm, x)
     return attn_act(block.se, x, act, shortcut, block.drop_path)
 
 
 @accelerates("timm.models.resnet.BasicBlock", _has_other_norms, forward="4651704b6f10")
 class _BasicBlock:
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
     conv1: nn.Module
     bn1: nn.Module
     drop_block: nn.Module
@@ -159,14 +169,14 @@ class _BasicBlock:
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), self.act1, drop=self.drop_block)
-        y = self.conv2(self.aa(y))
+        y = conv_norm_act(self.conv1, self.bn1, x, self.act1, drop=self.drop_block)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _end(self.bn2, y, self.act2, shortcut, self)
+        return _end(self.conv2, self.bn2, self.aa(y), self.act2, shortcut, self)
 
 
 @accelerates("timm.models.resnet.Bottleneck", _has_other_norms, forward="e8955400bbd3")
 class _Bottleneck:
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     conv1: nn.Module
     bn1: nn.Module
     act1: nn.Module
@@ -181,24 +191,26 @@ class _Bottleneck:
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), self.act1)
-        y = norm_act(self.bn2, self.conv2(y), self.act2, drop=self.drop_block)
-        y = self.conv3(self.aa(y))
+        y = conv_norm_act(self.conv1, self.bn1, x, self.act1)
+        y = conv_norm_act(self.conv2, self.bn2, y, self.act2, drop=self.drop_block)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _end(self.bn3, y, self.act3, shortcut, self)
+        return _end(self.conv3, self.bn3, self.aa(y), self.act3, shortcut, self)
 
 
-def _in_pairs(modules: nn.Module, x: Tensor) -> Tensor:
-    """Run the part of a stem that may be a sequence, each norm of it with the activation behind."""
-    if type(modules) is not nn.Sequential or has_hooks(modules):
-        return modules(x)
+def _in_pairs(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Run the part of a stem that is a sequence, each norm of it with the activation behind."""
     for _, run in in_steps(((str(i), module) for i, module in enumerate(modules)), ()):
         x = run(x)
     return x
 
 
+def _is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    return type(module) is nn.Sequential and not has_hooks(module)
+
+
 @accelerates("timm.models.resnet.ResNet", _has_other_norms, forward_features="fc18b940d027")
 class _ResNet:
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
     conv1: nn.Module
     bn1: nn.Module
     act1: nn.Module
@@ -210,11 +222,14 @@ class _ResNet:
     grad_checkpointing: bool
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = _in_pairs(self.conv1, x)
-        if type(self.maxpool) is nn.Sequential:
-            x = _in_pairs(self.maxpool, norm_act(self.bn1, x, self.act1))
+        conv, pool = self.conv1, self.maxpool
+        if _is_sequence(conv):
+            *others, conv = conv
+            x = _in_pairs(others, x)
+        if _is_sequence(pool):
+            x = _in_pairs(pool, conv_norm_act(conv, self.bn1, x, self.act1))
         else:
-            x = norm_act(self.bn1, x, self.act1, pool=self.maxpool)
+            x = conv_norm_act(conv, self.bn1, x, self.act1, pool=pool)
         stages: Any = (self.layer1, self.layer2, self.layer3, self.layer4)
         if self.grad_checkpointing:
             from timm.models import checkpoint_seq
@@ -245,11 +260,25 @@ class _RegNetBottleneck:
         return self.act3(drop_add(self.drop_path, self.conv3(y), shortcut))
 
 
+_MLPS = {
+    "timm.layers.mlp.Mlp": "e2668f685526",
+    "timm.layers.mlp.GlobalResponseNormMlp": "74a5b22a03e2",
+}
+
+
+def _has_other_mlp(block: Any) -> str | None:
+    own = type(block.mlp)
+    if _MLPS.get(path_of(own)) != reading(own.forward):
+        return f"its MLP, a {path_of(own)}, is not one this version was written for"
+    return "its MLP drops what it returns" if block.mlp.drop2.p else None
+
+
 @accelerates("timm.models.convnext.ConvNeXtBlock", forward="9054df84e1b4")
 class _ConvNeXtBlock:
+    MLP: ClassVar[MlpNames] = MlpNames("mlp.fc1", "mlp.fc2", "gamma", _has_other_mlp)
     conv_dw: nn.Module
     norm: nn.Module
-    mlp: nn.Module
+    mlp: Any
     gamma: Tensor | None
     shortcut: nn.Module
     drop_path: Any
@@ -257,11 +286,23 @@ class _ConvNeXtBlock:
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv_dw(x)
+        if takes_add(self.mlp, self.mlp.fc2, self.gamma, self.drop_path):
+            return self._with_add(y, self.shortcut(x))
         if self.use_conv_mlp:
             y = self.mlp(self.norm(y))
         else:
             y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return drop_add(self.drop_path, y, self.shortcut(x), self.gamma)
+
+    def _with_add(self, y: Tensor, shortcut: Tensor) -> Tensor:
+        """Run the MLP's layers one by one, the last with the add."""
+        mlp, in_rows = self.mlp, not self.use_conv_mlp
+        if in_rows:
+            y, shortcut = y.permute(0, 2, 3, 1), shortcut.permute(0, 2, 3, 1)
+        y = mlp.drop1(linear_act(mlp.fc1, self.norm(y), mlp.act))
+        y = mlp.grn(y) if hasattr(mlp, "grn") else mlp.norm(y)
+        y = linear_act(mlp.fc2, y, None, shortcut)
+        return y.permute(0, 3, 1, 2) if in_rows else y
 
 
 @accelerates("timm.models._features.FeatureDictNet", _collect="3ff52ed095a0 dbc473fa0061")
@@ -269,6 +310,7 @@ class _ConvNeXtBlock:
 class _FeatureNet:
     """What `features_only` makes of a network; before 1.0.31 it checkpoints other children."""
 
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
     return_layers: dict[str, str]
     concat: bool
     grad_checkpointing: bool

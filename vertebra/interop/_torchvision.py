@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 from ..kernels import drop_path_add
-from ..nn import LayerNorm2d, norm_act
+from ..nn import ConvNorms, LayerNorm2d, conv_norm_act
 from ..nn._act import has_hooks
+from ..nn.fused import MlpNames, linear_act, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._children import collect
@@ -22,6 +23,7 @@ torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does
 
 @accelerates("torchvision.models.resnet.BasicBlock", forward="35a42b79c8d5")
 class _BasicBlock:
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module
@@ -30,14 +32,14 @@ class _BasicBlock:
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), self.relu)
-        y = self.conv2(y)
+        y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return norm_act(self.bn2, y, self.relu, shortcut)
+        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut)
 
 
 @accelerates("torchvision.models.resnet.Bottleneck", forward="64f3768ca1e8")
 class _Bottleneck:
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     conv1: nn.Module
     bn1: nn.Module
     conv2: nn.Module
@@ -48,17 +50,17 @@ class _Bottleneck:
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), self.relu)
-        y = norm_act(self.bn2, self.conv2(y), self.relu)
-        y = self.conv3(y)
+        y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
+        y = conv_norm_act(self.conv2, self.bn2, y, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return norm_act(self.bn3, y, self.relu, shortcut)
+        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut)
 
 
 @accelerates(
     "torchvision.models.resnet.ResNet", _forward_impl="c9c75ff63451", forward="73d007729d3c"
 )
 class _ResNet:
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module
@@ -71,7 +73,7 @@ class _ResNet:
     fc: nn.Module
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = norm_act(self.bn1, self.conv1(x), self.relu, pool=self.maxpool)
+        x = conv_norm_act(self.conv1, self.bn1, x, self.relu, pool=self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
@@ -80,6 +82,7 @@ class _ResNet:
 class _IntermediateLayerGetter(nn.ModuleDict):
     """What torchvision's detectors and segmenters make of their backbones."""
 
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
     return_layers: dict[str, str]
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
@@ -95,9 +98,11 @@ def _is_conv_norm_act(module: Any) -> str | None:
 @accelerates("torchvision.models.regnet.SimpleStemIN", _is_conv_norm_act, forward="ba082ab0b258")
 @accelerates("torchvision.ops.misc.Conv2dNormActivation", _is_conv_norm_act, forward="ba082ab0b258")
 class _Conv2dNormActivation(nn.Sequential):
+    CONV_NORMS: ClassVar[ConvNorms] = (("0", "1"),)
+
     def forward(self, input: Tensor) -> Tensor:
         conv, norm, *act = self
-        return norm_act(norm, conv(input), act[0] if act else None)
+        return conv_norm_act(conv, norm, input, act[0] if act else None)
 
 
 @accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="1f053948ac54")
@@ -114,7 +119,7 @@ class _ResBottleneckBlock:
         for module in others:
             x = module(x)
         conv, norm = last  # pyright: ignore
-        return norm_act(norm, conv(x), self.activation, shortcut)
+        return conv_norm_act(conv, norm, x, self.activation, shortcut)
 
 
 @accelerates(
@@ -161,15 +166,26 @@ def _ends_in_rows(module: Any) -> str | None:
     return _is_of_rows(module.stochastic_depth)
 
 
+def _has_other_layers(block: Any) -> str | None:
+    is_known = len(block.block) == 7 and type(block.block) is nn.Sequential
+    return None if is_known else "its MLP is not the one this version was written for"
+
+
 @accelerates("torchvision.models.convnext.CNBlock", _ends_in_rows, forward="db7f6ca5fe75")
 class _CNBlock:
-    block: nn.Module
+    MLP: ClassVar[MlpNames] = MlpNames("block.3", "block.5", "layer_scale", _has_other_layers)
+    block: nn.Sequential
     layer_scale: Tensor
     stochastic_depth: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self.block(input)
         drop = self.stochastic_depth
+        is_idle = not ((drop.training and drop.p) or has_hooks(drop))
+        if is_idle and takes_add(self.block, self.block[-2], self.layer_scale, None):
+            conv, permute, norm, fc1, act, fc2, back = self.block
+            y = linear_act(fc1, norm(permute(conv(input))), act)
+            return back(linear_act(fc2, y, None, permute(input)))
+        y = self.block(input)
         if has_hooks(drop):
             return drop(self.layer_scale * y) + input
         drop_prob = drop.p if drop.training else 0.0

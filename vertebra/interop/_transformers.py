@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from ..kernels import drop_path_add
-from ..nn import DropPath, GlobalResponseNorm, LayerNorm2d, norm_act
+from ..nn import ConvNorms, DropPath, GlobalResponseNorm, LayerNorm2d, conv_norm_act
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
+from ..nn.fused import MlpNames, linear_act, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._swap import Refuses, accelerates
@@ -40,6 +41,7 @@ def _accelerates(
 class _ConvNormAct(nn.Module):
     """What both recipes for such a layer have in common: by this a block knows its layers."""
 
+    CONV_NORMS: ClassVar[ConvNorms] = (("convolution", "normalization"),)
     convolution: nn.Module
     normalization: nn.Module
     activation: nn.Module
@@ -52,13 +54,13 @@ class _ConvNormAct(nn.Module):
 )
 class _ResNetConvLayer(_ConvNormAct):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return norm_act(self.normalization, self.convolution(hidden_states), self.activation)
+        return conv_norm_act(self.convolution, self.normalization, hidden_states, self.activation)
 
 
 @_accelerates("4014b6c0d9ea", "regnet.modeling_regnet.RegNetConvLayer")
 class _RegNetConvLayer(_ConvNormAct):
     def forward(self, hidden_state: Tensor) -> Tensor:
-        return norm_act(self.normalization, self.convolution(hidden_state), self.activation)
+        return conv_norm_act(self.convolution, self.normalization, hidden_state, self.activation)
 
 
 @_accelerates(
@@ -68,11 +70,12 @@ class _RegNetConvLayer(_ConvNormAct):
     "regnet.modeling_regnet.RegNetShortCut",
 )
 class _ShortCut:
+    CONV_NORMS: ClassVar[ConvNorms] = (("convolution", "normalization"),)
     convolution: nn.Module
     normalization: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        return norm_act(self.normalization, self.convolution(input))
+        return conv_norm_act(self.convolution, self.normalization, input)
 
 
 def _split(layers: nn.Module) -> tuple[list[nn.Module], _ConvNormAct] | None:
@@ -106,7 +109,8 @@ class _Stem(nn.Module):
         x = pixel_values
         for module in others:
             x = module(x)
-        return norm_act(last.normalization, last.convolution(x), last.activation, pool=self.pooler)
+        conv, norm = last.convolution, last.normalization
+        return conv_norm_act(conv, norm, x, last.activation, pool=self.pooler)
 
 
 @_accelerates(
@@ -131,8 +135,8 @@ class _ResidualLayer:
         y = hidden_state
         for module in others:
             y = module(y)
-        y = last.convolution(y)
-        return norm_act(last.normalization, y, self.activation, self.shortcut(hidden_state))
+        shortcut = self.shortcut(hidden_state)
+        return conv_norm_act(last.convolution, last.normalization, y, self.activation, shortcut)
 
 
 def _is_excitation(module: Any) -> str | None:
@@ -212,18 +216,26 @@ class _DropPath(nn.Module):
         return DropPath.forward(own, hidden_states)
 
 
-def _end(drop: nn.Module, x: Tensor, residual: Tensor, gamma: Tensor | None = None) -> Tensor:
-    """Return `residual + drop(gamma * x)`, where x is of (N, H, W, C) and the others are not."""
-    x = x.permute(0, 3, 1, 2)
+def _end(
+    fc2: nn.Module, drop: nn.Module, x: Tensor, residual: Tensor, gamma: Tensor | None = None
+) -> Tensor:
+    """Return `residual + drop(gamma * fc2(x))`, where x is of (N, H, W, C) and the residual not."""
+    rate: float | None = None  # at which samples are dropped, if by nothing unknown
     if is_idle(drop):
-        return drop_path_add(x, residual, gamma)
-    if isinstance(drop, _DropPath) and not has_hooks(drop):
-        return drop_path_add(x, residual, gamma, drop_prob=drop.drop_prob if drop.training else 0.0)
+        rate = 0.0
+    elif isinstance(drop, _DropPath) and not has_hooks(drop):
+        rate = drop.drop_prob if drop.training else 0.0
+    if rate == 0 and takes_add(fc2, fc2, gamma, None):
+        return linear_act(fc2, x, None, residual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    x = fc2(x).permute(0, 3, 1, 2)
+    if rate is not None:
+        return drop_path_add(x, residual, gamma, drop_prob=rate)
     return residual + drop(x if gamma is None else drop_path_add(x, gamma=gamma))
 
 
 @_accelerates("8832212f4b03", "convnext.modeling_convnext.ConvNextLayer")
 class _ConvNextLayer:
+    MLP: ClassVar[MlpNames] = MlpNames("pwconv1", "pwconv2", "layer_scale_parameter")
     dwconv: nn.Module
     layernorm: nn.Module
     pwconv1: nn.Module
@@ -234,12 +246,13 @@ class _ConvNextLayer:
 
     def forward(self, features: Tensor) -> Tensor:
         y = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
-        y = self.pwconv2(self.act(self.pwconv1(y)))
-        return _end(self.drop_path, y, features, self.layer_scale_parameter)
+        y = linear_act(self.pwconv1, y, self.act)
+        return _end(self.pwconv2, self.drop_path, y, features, self.layer_scale_parameter)
 
 
 @_accelerates("85f4d7d3b45e", "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayer")
 class _DINOv3ConvNextLayer:
+    MLP: ClassVar[MlpNames] = MlpNames("pointwise_conv1", "pointwise_conv2", "gamma")
     depthwise_conv: nn.Module
     layer_norm: nn.Module
     pointwise_conv1: nn.Module
@@ -250,12 +263,13 @@ class _DINOv3ConvNextLayer:
 
     def forward(self, features: Tensor) -> Tensor:
         y = self.layer_norm(self.depthwise_conv(features).permute(0, 2, 3, 1))
-        y = self.pointwise_conv2(self.activation_fn(self.pointwise_conv1(y)))
-        return _end(self.drop_path, y, features, self.gamma)
+        y = linear_act(self.pointwise_conv1, y, self.activation_fn)
+        return _end(self.pointwise_conv2, self.drop_path, y, features, self.gamma)
 
 
 @_accelerates("7a165115968a", "convnextv2.modeling_convnextv2.ConvNextV2Layer")
 class _ConvNextV2Layer:
+    MLP: ClassVar[MlpNames] = MlpNames("pwconv1", "pwconv2")
     dwconv: nn.Module
     layernorm: nn.Module
     pwconv1: nn.Module
@@ -266,8 +280,8 @@ class _ConvNextV2Layer:
 
     def forward(self, features: Tensor) -> Tensor:
         y = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
-        y = self.pwconv2(self.grn(self.act(self.pwconv1(y))))
-        return _end(self.drop_path, y, features)
+        y = self.grn(linear_act(self.pwconv1, y, self.act))
+        return _end(self.pwconv2, self.drop_path, y, features)
 
 
 @_accelerates("3f41201c492d", "convnextv2.modeling_convnextv2.ConvNextV2GRN")

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
 from typing import NamedTuple, TypeVar
 
 from torch import nn
 
-from ._swap import Swapped, has_recipe, path_of, swap, target, unswap
+from ..nn.fused import is_fused_model
+from ._swap import Swapped, has_recipe, load, path_of, swap, target, unswap
 
 M = TypeVar("M", bound=nn.Module)
 
 LIBRARIES = ("timm", "torchvision", "transformers")
-
-
-@cache
-def load(library: str) -> None:
-    """Register the recipes for a library, which whoever has a module of it has imported."""
-    importlib.import_module(f"{__package__}._{library}")
 
 
 class Site(NamedTuple):
@@ -46,7 +39,13 @@ def accelerate(model: M) -> M:
 
 
 def restore(model: M) -> M:
-    """Undo `accelerate`, in place; return `model`."""
+    """Undo `accelerate`, in place; return `model`.
+
+    Raises:
+        ValueError: it is a fused model, which is none of its library's any more.
+    """
+    if is_fused_model(model):
+        raise ValueError("a fused model cannot be restored; keep the model that it was made from")
     for module in model.modules():
         unswap(module)
     return model

@@ -55,6 +55,8 @@ class Arguments(NamedTuple):
 
 def pair(name: str, value: int | Pair) -> Pair:
     """Return a number given once for both dimensions, or for each."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
     both = (value, value) if isinstance(value, int) else tuple(value)
     if len(both) != 2 or not all(isinstance(v, int) for v in both):
         raise TypeError(

@@ -107,11 +107,15 @@ class Traffic(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How a call runs: the path that `explain` shows, the implementation, why it is not Triton."""
+    """How a call runs: the path that `explain` shows, the implementation, why it is not Triton.
+
+    `lasts`: calls of the same signature run so without being asked about, or checked, again.
+    """
 
     path: str
     run: Callable[..., Any]
     reason: str | None
+    lasts: bool = False
 
 
 class Call(NamedTuple):
@@ -158,6 +162,11 @@ class Op:
                 self.check(*args)
                 if self.refuses(*args) is None:
                     self._passed.note(args)
+        elif isinstance(x, Tensor) and _forced == "auto" and _observer is None:
+            found = None if torch.compiler.is_compiling() else self._chosen.find(args)
+            run = None if found is None else found[0].plans.get(torch.is_grad_enabled())
+            if run is not None:
+                return run(*args)
         return self._run(*args)
 
     @cached_property
@@ -171,9 +180,18 @@ class Op:
 
         return Signatures()
 
+    @cached_property
+    def _chosen(self) -> Any:
+        """The signatures of calls of which the choice lasts; the plan by grad mode is what runs."""
+        from ._triton._signature import Signatures
+
+        return Signatures()
+
     def _run(self, *args: Any) -> Any:
         self.check(*args)
         choice = self._choice(*args)
+        if choice.lasts and is_plain(args):
+            self._chosen.note(args)[0].plans[torch.is_grad_enabled()] = choice.run
         if _observer is not None:
             _observer(Call(self, args, choice.path, choice.reason))
         return choice.run(*args)
@@ -191,7 +209,7 @@ class Op:
                 f"{self.name} cannot run on Triton: {reason}. "
                 f'Use backend("auto") to let such calls run in eager PyTorch.'
             )
-        return Choice("eager", self.eager, reason)
+        return Choice("eager", self.eager, reason, lasts=True)
 
 
 @contextmanager

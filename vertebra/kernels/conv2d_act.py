@@ -24,6 +24,7 @@ There are several implementations, the *candidates*, by name:
     triton        one kernel of ours; a configuration may follow, "triton:gather:128x64x64x1:w4:s3"
     cudnn         PyTorch's convolution, and one kernel of ours for the rest
     cudnn_fused   cuDNN's own convolution + bias (+ residual) + relu
+    onednn        oneDNN's, on CPUs, with weights packed once (`_onednn`)
 
 and the eager definition. `_choose` is where they compete.
 """
@@ -38,10 +39,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _choices
+from . import _choices, _onednn
 from ._act import finish
 from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision, site
-from ._op import Choice, Op, Traffic, define, refuses, wants_grad
+from ._op import Choice, Op, Traffic, define, has_kernels, refuses, wants_grad
 
 
 def conv2d_act(
@@ -82,11 +83,11 @@ def _autocast(
 
 def _eager(*args: Any) -> Tensor:
     a = Arguments(*args)
-    y = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+    own = None if a.bias is None or a.scale is not None else a.bias.to(a.x.dtype)
+    y = F.conv2d(a.x, a.weight, own, a.stride, a.padding, a.dilation, a.groups)
     if a.scale is not None:
         y = y * a.scale[:, None, None]
-    if a.bias is not None:
-        y = y + a.bias[:, None, None]
+        y = y if a.bias is None else y + a.bias[:, None, None]
     y = y.to(a.x.dtype).contiguous(memory_format=memory_format(a.x))
     return finish(y, a.residual, a.act)
 
@@ -203,6 +204,19 @@ def _refuses_cudnn_fused(a: Arguments) -> str | None:
     return None
 
 
+def _on_onednn(a: Arguments) -> Tensor:
+    y = _onednn.conv2d(*a) if torch.backends.mkldnn.enabled else _eager(*a)
+    return y.contiguous(memory_format=memory_format(a.x))
+
+
+def _refuses_onednn(a: Arguments) -> str | None:
+    if wants_grad(*a[:5]):
+        return "a gradient is wanted (oneDNN's epilogue is for inference)"
+    if a.scale is not None:
+        return "a scale (fold it into weight)"
+    return _onednn.refuses(a.x, a.weight, a.bias, a.residual, a.act)
+
+
 def _refuses_kernels(a: Arguments) -> str | None:
     """Return why no candidate that runs kernels of ours takes a call."""
     if wants_grad(*a[:5]):
@@ -214,6 +228,7 @@ CANDIDATES = {
     "triton": Candidate("triton", _on_triton, _refuses_triton),
     "cudnn": Candidate("cudnn", _on_cudnn, _refuses_kernels),
     "cudnn_fused": Candidate("cudnn", _on_cudnn_fused, _refuses_cudnn_fused),
+    "onednn": Candidate("onednn", _on_onednn, _refuses_onednn),
 }
 
 
@@ -237,13 +252,16 @@ def _as(name: str, *args: Any) -> Arguments:
 
 def _ranked(a: Arguments) -> list[tuple[str, str]]:
     """Return the candidates for a call, best first, each with what speaks for it."""
-    device = _choices.device_name(a.x.device)
     default = "cudnn" if a.x.is_cuda else "triton"
-    ranked = [(default, f"the default, as nothing is measured on {device}")]
+    if a.x.is_cpu and not has_kernels(a.x):
+        default = "onednn"
+    if torch.compiler.is_compiling() or not all(isinstance(n, int) for n in a.x.shape):
+        return [(default, "the default for sizes that may change")]
+    device = _choices.device_name(a.x.device)
     measured = _choices.best(op.name, device, site(a), a.x.shape[0])
-    if measured is not None:
-        ranked.insert(0, (measured, f"measured to be the fastest on {device}"))
-    return ranked
+    if measured is None:
+        return [(default, f"the default, as nothing is measured on {device}")]
+    return [(measured, f"measured to be the fastest on {device}"), (default, "the default")]
 
 
 def _choose(*args: Any) -> Choice:
@@ -258,11 +276,17 @@ def _choose(*args: Any) -> Choice:
         if (reason := _refuses_as(name, *args)) is None:
             path = _candidate(name).path
             why = "; ".join([*reasons, f"{name}: {merit}"])
+            if path == "onednn":  # no kernel of ours, so no registered op
+                return Choice(path, _run_onednn, why, lasts=True)
             return Choice(path, partial(_run_as, name), None if path == "triton" else why)
         reasons.append(reason)
     if given:
         raise NotImplementedError(f"conv2d_act cannot run as {given!r}: {reasons[0]}")
     return Choice("eager", _eager, reasons[0])
+
+
+def _run_onednn(*args: Any) -> Tensor:
+    return _on_onednn(Arguments(*args))
 
 
 def _run_as(name: str, *args: Any) -> Tensor:

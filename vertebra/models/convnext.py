@@ -18,7 +18,7 @@ import math
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx
@@ -31,12 +31,15 @@ from ..nn import (
     GlobalAvgPool2d,
     GlobalResponseNorm,
     LayerNorm2d,
+    MlpNames,
     RmsNorm2d,
     SimpleNorm2d,
     create_act,
     create_conv2d,
     create_global_pool,
+    linear_act,
     pooled_channels,
+    takes_add,
 )
 from ._convnext_config import CONFIGS, SYNONYMS, ConvNeXtConfig, Stage
 from ._features import feature
@@ -71,7 +74,7 @@ def _norm(
 
 
 class Mlp(nn.Module):
-    """`fc2(grn(act(fc1(x))))` of every pixel; the GRN, which V1 lacks, looks at all of them."""
+    """`fc2(grn(act(fc1(x)))) + residual` of every pixel; V2's GRN, which V1 lacks, looks at all."""
 
     def __init__(self, config: ConvNeXtConfig, channels: int) -> None:
         super().__init__()
@@ -86,8 +89,8 @@ class Mlp(nn.Module):
         )
         self.fc2 = layer(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.grn(self.act(self.fc1(x))))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear_act(self.fc2, self.grn(linear_act(self.fc1, x, self.act)), None, residual)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -96,6 +99,7 @@ class ConvNeXtBlock(nn.Module):
     What linear layers return is channels_last in memory, and so then is what leaves the block.
     """
 
+    MLP: ClassVar[MlpNames] = MlpNames("mlp.fc1", "mlp.fc2", "gamma")
     gamma: Tensor | None
 
     def __init__(
@@ -124,12 +128,14 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = DropPathAdd(drop_prob=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        adds = takes_add(self.mlp, self.mlp.fc2, self.gamma, self.drop_path)
         y = self.conv_dw(x)
         if self.conv_mlp:
-            y = self.mlp(self.norm(y))
+            y = self.mlp(self.norm(y), x if adds else None)
         else:
-            y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        return self.drop_path(y, x, self.gamma)
+            residual = x.permute(0, 2, 3, 1) if adds else None
+            y = self.mlp(self.norm(y.permute(0, 2, 3, 1)), residual).permute(0, 3, 1, 2)
+        return y if adds else self.drop_path(y, x, self.gamma)
 
 
 def _check_size(x: Tensor, stride: int, reduction: int) -> None:

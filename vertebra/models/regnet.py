@@ -16,14 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..nn import (
     CheckpointSequential,
+    ConvNorms,
     DropPathAdd,
     SqueezeExcite,
+    conv_norm_act,
     create_act,
     create_conv2d,
     create_norm_act,
@@ -45,12 +47,15 @@ def _norm(config: RegNetConfig, channels: int, apply_act: bool = True) -> nn.Mod
 class _ConvNormAct(nn.Sequential):
     """`act(norm(conv(x)) + residual)`, with torchvision's keys: 0, 1, and 2 without parameters."""
 
+    CONV_NORMS: ClassVar[ConvNorms] = (("0", "1"),)
+
     def __init__(self, config: RegNetConfig, conv: nn.Conv2d, apply_act: bool = True) -> None:
         act = create_act(config.act_layer if apply_act else None)  # for norms that bring none
         super().__init__(conv, _norm(config, conv.out_channels, apply_act), act)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return norm_act(self[1], self[0](x), self[2], residual)
+        conv, norm, act = self
+        return conv_norm_act(conv, norm, x, act, residual)
 
 
 class _NormActConv(nn.Sequential):

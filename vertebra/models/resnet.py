@@ -15,22 +15,24 @@ modules in `vertebra.nn`.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..nn import (
     CheckpointSequential,
+    ConvNormActs,
+    ConvNorms,
     DropBlock2d,
     DropPath,
     attn_act,
+    conv_norm_act,
     create_aa,
     create_aa_max_pool,
     create_act,
     create_attn,
     create_conv2d,
     create_norm_act,
-    norm_act,
 )
 from ._features import feature
 from ._network import Network
@@ -59,6 +61,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion = 1
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(
         self,
@@ -92,12 +95,13 @@ class BasicBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), self.relu, drop=self.drop_block)
-        y = self.conv2(y if self.aa is None else self.aa(y))
+        y = conv_norm_act(self.conv1, self.bn1, x, self.relu, drop=self.drop_block)
+        y = y if self.aa is None else self.aa(y)
         shortcut = x if self.downsample is None else self.downsample(x)
         if self.se is not None:
-            return attn_act(self.se, self.bn2(y), self.relu, shortcut, self.drop_path)
-        return norm_act(self.bn2, y, self.relu, shortcut, drop=self.drop_path)
+            y = conv_norm_act(self.conv2, self.bn2, y)
+            return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
+        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, drop=self.drop_path)
 
 
 class Bottleneck(nn.Module):
@@ -107,6 +111,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion = 4
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(
         self,
@@ -144,24 +149,14 @@ class Bottleneck(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), self.relu)
-        y = norm_act(self.bn2, self.conv2(y), self.relu, drop=self.drop_block)
-        y = self.conv3(y if self.aa is None else self.aa(y))
+        y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
+        y = conv_norm_act(self.conv2, self.bn2, y, self.relu, drop=self.drop_block)
+        y = y if self.aa is None else self.aa(y)
         shortcut = x if self.downsample is None else self.downsample(x)
         if self.se is not None:
-            return attn_act(self.se, self.bn3(y), self.relu, shortcut, self.drop_path)
-        return norm_act(self.bn3, y, self.relu, shortcut, drop=self.drop_path)
-
-
-class _ConvNormActs(nn.Sequential):
-    """Convolution, norm, activation, again and again, or ending in a convolution: timm's keys."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i in range(0, len(self), 3):
-            x = self[i](x)
-            if i + 1 < len(self):
-                x = norm_act(self[i + 1], x, self[i + 2])
-        return x
+            y = conv_norm_act(self.conv3, self.bn3, y)
+            return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
+        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, drop=self.drop_path)
 
 
 def _stem_conv(config: ResNetConfig) -> nn.Module:
@@ -169,7 +164,7 @@ def _stem_conv(config: ResNetConfig) -> nn.Module:
         return create_conv2d(config.in_chans, config.stem_channels, 7, stride=2, bias=False)
     width = config.stem_width
     first = 3 * (width // 4) if config.stem_type == "deep_tiered" else width
-    return _ConvNormActs(
+    return ConvNormActs(
         create_conv2d(config.in_chans, first, 3, stride=2, bias=False),
         _norm(config, first),
         create_act(config.act_layer),
@@ -191,7 +186,7 @@ def _stem_pool(config: ResNetConfig) -> nn.Module:
             _norm(config, channels, apply_act=False),
             create_act(config.act_layer),
         )
-    return _ConvNormActs(
+    return ConvNormActs(
         create_conv2d(channels, channels, 3, stride=2, bias=False),
         _norm(config, channels),
         create_act(config.act_layer),
@@ -254,6 +249,7 @@ class ResNet(Network):
     """
 
     family = "resnet"
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
@@ -297,11 +293,11 @@ class ResNet(Network):
         return {"stem": r"^(?:conv1|bn1|maxpool)", "blocks": blocks}
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        return norm_act(self.bn1, self.conv1(x), self.relu, pool=self.maxpool)
+        return conv_norm_act(self.conv1, self.bn1, x, self.relu, pool=self.maxpool)
 
     def forward_first_feature(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the feature map before the pool, at half the image's size, and after it."""
-        x = norm_act(self.bn1, self.conv1(x), self.relu)
+        x = conv_norm_act(self.conv1, self.bn1, x, self.relu)
         return x, self.maxpool(x)
 
 

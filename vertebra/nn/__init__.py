@@ -4,11 +4,12 @@ from ._act import ActLayer, create_act
 from ._attn import AttnLayer, attn_act, create_attn
 from .blur_pool import AaLayer, BlurPool2d, create_aa, create_aa_max_pool
 from .checkpoint import CheckpointSequential
-from .conv_norm_act import ConvNormAct, create_conv2d
+from .conv_norm_act import ConvNormAct, ConvNormActs, ConvNorms, conv_norm_act, create_conv2d
 from .drop_block import DropBlock2d
 from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .eca import EcaModule
 from .freeze import freeze_batch_norm_2d, unfreeze_batch_norm_2d
+from .fused import FusedConv2d, FusedLinear, MlpNames, linear_act, takes_add
 from .global_avg_pool import GlobalAvgPool2d
 from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
@@ -33,24 +34,30 @@ __all__ = [
     "BlurPool2d",
     "CheckpointSequential",
     "ConvNormAct",
+    "ConvNormActs",
+    "ConvNorms",
     "DropBlock2d",
     "DropPath",
     "DropPathAdd",
     "EcaModule",
     "FrozenBatchNorm2d",
     "FrozenBatchNormAct2d",
+    "FusedConv2d",
+    "FusedLinear",
     "GlobalAvgPool2d",
     "GlobalPool2d",
     "GlobalResponseNorm",
     "LayerNorm2d",
     "LayerScale",
     "LayerScale2d",
+    "MlpNames",
     "NormLayer",
     "RmsNorm2d",
     "SimpleNorm2d",
     "SqueezeExcite",
     "SyncBatchNormAct2d",
     "attn_act",
+    "conv_norm_act",
     "convert_sync_batchnorm",
     "create_aa",
     "create_aa_max_pool",
@@ -60,7 +67,9 @@ __all__ = [
     "create_global_pool",
     "create_norm_act",
     "freeze_batch_norm_2d",
+    "linear_act",
     "norm_act",
     "pooled_channels",
+    "takes_add",
     "unfreeze_batch_norm_2d",
 ]

@@ -71,8 +71,14 @@ def has_hooks(module: nn.Module) -> bool:
     So does one whose `forward` is replaced on the instance, which is how accelerate of Hugging Face
     hooks a module whose weights it moves.
     """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+    m: Any = module
+    return bool(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in vars(m)
+    )
 
 
 def fusible_act(act: nn.Module) -> str | None:

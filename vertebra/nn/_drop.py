@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import drop_path_add
 from ._act import has_hooks
 from .drop_block import DropBlock2d
-from .drop_path import DropPath
+from .drop_path import DropPath, DropPathAdd
 
 torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
 
@@ -25,7 +25,9 @@ def is_idle(drop: nn.Module | None) -> bool:
     if drop is None:
         return True
     forward = type(drop).forward
-    if forward is DropPath.forward or forward is DropBlock2d.forward:
+    if forward in (DropPath.forward, DropPathAdd.forward, DropBlock2d.forward):
+        if getattr(drop, "gamma", None) is not None:
+            return False
         return not (drop.training and drop.drop_prob) and not has_hooks(drop)
     return forward is nn.Identity.forward and not has_hooks(drop)
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
+import torch.fx
 from torch import Tensor, nn
 
-from ._act import ActLayer, create_act
+from ._act import ActLayer, create_act, has_hooks
 from .blur_pool import AaLayer, create_aa
-from .norm_act import NormLayer, create_norm_act, norm_act
+from .conv_same import Conv2dSame
+from .fused import Folded, epilogue, is_fused
+from .norm_act import NormLayer, create_norm_act, norm_act, pooled
+
+# The convolutions and norms that a block gives to `conv_norm_act` as pairs, by name: its class's
+# CONV_NORMS, which `vertebra.fuse` goes by. A block need not have them all.
+ConvNorms = tuple[tuple[str, str], ...]
 
 Padding = str | int | tuple[int, int] | None
-
-
-class Conv2dSame(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding, by image size: ceil(size / stride) out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        sizes = zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
-        for size, k, s, d in sizes:
-            total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            pads = [total // 2, total - total // 2, *pads]
-        x = F.pad(x, pads)
-        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
 
 
 def create_conv2d(
@@ -60,6 +52,56 @@ def create_conv2d(
     )
 
 
+def conv_norm_act(
+    conv: nn.Module,
+    norm: nn.Module,
+    x: Tensor,
+    act: nn.Module | None = None,
+    residual: Tensor | None = None,
+    pool: nn.Module | None = None,
+    drop: nn.Module | None = None,
+) -> Tensor:
+    """Return `pool(act(drop(norm(conv(x))) + residual))` for whatever stands in a block.
+
+    All but the pool is one op if `vertebra.fuse` made `conv` take over the norm, else `norm_act`
+    follows it. A `conv` may be a sequence that ends in the convolution.
+    """
+    if isinstance(norm, Folded) and not isinstance(x, torch.fx.Proxy):
+        conv, x = _enter(conv, x)
+        end = epilogue(norm, act, drop) if is_fused(conv) else None
+        if end is not None:
+            return pooled(conv(x, residual, end), pool)
+    return norm_act(norm, conv(x), act, residual, pool, drop)
+
+
+def _enter(conv: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """Return the convolution that `conv` is or ends in, and what that reads."""
+    if isinstance(conv, ConvNormActs) and conv.ends_in_conv and not has_hooks(conv):
+        return conv[-1], conv.forward_but_last(x)
+    return conv, x
+
+
+class ConvNormActs(nn.Sequential):
+    """Convolution, norm, activation, again and again, or ending in a convolution: timm's keys."""
+
+    CONV_NORMS: ClassVar[ConvNorms] = (("0", "1"), ("3", "4"))
+
+    @property
+    def ends_in_conv(self) -> bool:
+        """Whether the last convolution is followed by nothing here."""
+        return len(self) % 3 == 1
+
+    def forward_but_last(self, x: Tensor) -> Tensor:
+        """Return what the convolution reads that this ends in, if it does."""
+        for i in range(0, len(self) - 1, 3):
+            x = conv_norm_act(self[i], self[i + 1], x, self[i + 2])
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_but_last(x)
+        return self[-1](x) if self.ends_in_conv else x
+
+
 class ConvNormAct(nn.Module):
     """`act(norm(conv(x)) + residual)`, with the signature and keys (`conv`, `bn`) of timm's module.
 
@@ -85,6 +127,8 @@ class ConvNormAct(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
     """
+
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv", "bn"),)
 
     def __init__(
         self,
@@ -153,5 +197,5 @@ class ConvNormAct(nn.Module):
         return self.conv.out_channels
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = norm_act(self.bn, self.conv(x), self._act, residual)
+        y = conv_norm_act(self.conv, self.bn, x, self._act, residual)
         return y if self.aa is None else self.aa(y)

@@ -64,7 +64,7 @@ def _fuses_pool(pool: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _pooled(y: Tensor, pool: nn.Module | None) -> Tensor:
+def pooled(y: Tensor, pool: nn.Module | None) -> Tensor:
     """Return pool(y) where there is one.
 
     A norm that is traced by itself has a placeholder there, which stays empty: modules are no
@@ -112,7 +112,7 @@ def normalise(
         y = _normalised(x, norm.weight, norm.bias, None, "none", **kwargs)
         y = drop_add(drop, y, residual)
         y = y if act is None else act(y)
-    return _pooled(y, pool)
+    return pooled(y, pool)
 
 
 def _statistics(norm: Any) -> tuple[dict[str, Any], Tensor | None]:
@@ -134,7 +134,7 @@ def _statistics(norm: Any) -> tuple[dict[str, Any], Tensor | None]:
     return {"training": True, "momentum": momentum, "eps": norm.eps, **stored}, counter
 
 
-class _FusesAct:
+class FusesAct:
     """The norm modules that end in an activation, and what may come before and after it."""
 
     drop: nn.Module
@@ -152,7 +152,7 @@ class _FusesAct:
         return normalise(self, x, self.act, residual, pool, drop)
 
 
-class BatchNormAct2d(_FusesAct, nn.BatchNorm2d):
+class BatchNormAct2d(FusesAct, nn.BatchNorm2d):
     """`act(drop(batch_norm(x)) + residual)`: `torch.nn.BatchNorm2d` that ends in an activation.
 
     Signature, attributes and `state_dict` keys of timm's module of this name; `forward` also takes
@@ -245,7 +245,7 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
-class FrozenBatchNormAct2d(_FusesAct, FrozenBatchNorm2d):
+class FrozenBatchNormAct2d(FusesAct, FrozenBatchNorm2d):
     """`BatchNormAct2d` whose statistics, weight and bias are constants (four buffers).
 
     Signature and `state_dict` keys of timm's module of this name; a `FrozenBatchNorm2d` that ends
@@ -326,7 +326,7 @@ def create_norm_act(
         base = _BARE.get(base, base)
     elif base is nn.BatchNorm2d:
         base = BatchNormAct2d
-    if isinstance(base, type) and issubclass(base, _FusesAct):
+    if isinstance(base, type) and issubclass(base, FusesAct):
         kwargs |= {"apply_act": apply_act, "act_layer": act_layer}
     else:  # a bare norm knows nothing of these
         for name in ("act_kwargs", "inplace", "device", "dtype"):
@@ -369,11 +369,11 @@ def norm_act(
     the same op if it is a plain or frozen batch norm that nobody watches or traces, else as it is:
     another `norm_layer`, or what `convert_sync_batchnorm` of torch put in its place.
     """
-    if isinstance(norm, _FusesAct):
+    if isinstance(norm, FusesAct):
         if pool is not None and not has_hooks(norm):  # a hook is promised what the norm returns
             return norm(x, residual, pool, drop)
-        return _pooled(norm(x, residual, drop=drop), pool)
+        return pooled(norm(x, residual, drop=drop), pool)
     if not isinstance(x, torch.fx.Proxy) and is_bare(norm):
         return normalise(norm, x, act, residual, pool, drop)
     y = drop_add(drop, norm(x), residual)
-    return _pooled(y if act is None else act(y), pool)
+    return pooled(y if act is None else act(y), pool)

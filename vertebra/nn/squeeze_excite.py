@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import squeeze_excite
 from ._act import ActLayer, create_act, fusible_act, fusible_gate, has_hooks
+from .fused import FusedConv2d, is_fused
 
 torch.fx.wrap("squeeze_excite")  # a leaf: it looks at shapes, which a proxy does not have
 
@@ -125,4 +126,6 @@ def excite(
 
 
 def _is_plain(fc: nn.Module) -> TypeGuard[nn.Conv2d]:
+    if isinstance(fc, FusedConv2d):
+        return is_fused(fc)
     return type(fc) is nn.Conv2d and not has_hooks(fc)

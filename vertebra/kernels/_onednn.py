@@ -1,0 +1,158 @@
+"""Convolution on CPUs by oneDNN, with all that follows it in the epilogue, and weights packed once.
+
+PyTorch has these as ops for Inductor. A weight is reordered into the blocks that oneDNN wants for
+images of one size, and this copy is kept as long as the weight: beside it, not in it, so that no
+`state_dict`, pickle or copy of a module has it. Only parameters are packed: other tensors do not
+come back.
+
+oneDNN's relu returns 0 for NaN; aten's returns NaN.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._act import finish
+from ._op import is_plain
+
+Pair = tuple[int, int]
+
+_mkldnn: Any = torch.ops.mkldnn
+
+# by the name of ours: oneDNN's, and its algorithm
+_ACTIVATIONS = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "hardswish": ("hardswish", ""),
+    "sigmoid": ("sigmoid", ""),
+}
+
+
+class _Packed(NamedTuple):
+    """The packed copy of a weight, and what it was made from and for."""
+
+    owner: weakref.ref[nn.Parameter]
+    # shares the weight's memory: no other tensor can come to lie there, even if the weight leaves
+    source: Tensor
+    version: int
+    image: torch.Size
+    steps: tuple[Any, ...]
+    weight: Tensor
+
+
+_packed: dict[int, _Packed] = {}  # by id of the parameter
+_last: dict[int, torch.Size] = {}  # the image that a parameter last met, if not the one it is for
+
+
+def refuses(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str
+) -> str | None:
+    """Return why oneDNN does not take a call."""
+    if not x.is_cpu:
+        return f"device {x.device.type} (oneDNN is for CPUs)"
+    if torch.compiler.is_compiling():
+        return "it is being compiled (Inductor has oneDNN do the same)"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "oneDNN is missing or switched off (torch.backends.mkldnn)"
+    if not _is_supported(x.dtype):
+        return f"dtype {x.dtype} (not one that oneDNN has for this CPU)"
+    if act not in _ACTIVATIONS:
+        return f"act {act} (not one of oneDNN's)"
+    if x.numel() == 0:
+        return "empty input"
+    if not is_plain((x, weight, bias, residual)):
+        return "something traces, transforms or wraps the call"
+    return None
+
+
+def _is_supported(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return _mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return _mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    _scale: object,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    *_: str,
+) -> Tensor:
+    """Return `act(conv2d(x, weight) + bias + residual)` in channels_last, as `conv2d_act` does."""
+    steps = (padding, stride, dilation, groups)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    filters = _pack(weight, x.shape, steps)
+    if filters is weight:  # channels_last out of whatever comes in, as with packed weights
+        x = x.contiguous(memory_format=torch.channels_last)
+    name, algorithm = _ACTIVATIONS[act]
+    if residual is None:
+        return _mkldnn._convolution_pointwise(x, filters, bias, *steps, name, [], algorithm)
+    if groups == 1 and act in ("none", "relu"):  # PyTorch has no other adds
+        last = None if act == "none" else act
+        return _mkldnn._convolution_pointwise.binary(
+            *(x, residual, filters, bias, *steps, "add", 1.0, last, [], None)
+        )
+    y = _mkldnn._convolution_pointwise(x, filters, bias, *steps, "none", [], "")
+    return finish(y, residual, act)
+
+
+def forget(weight: Tensor) -> None:
+    """Drop the packed copy of a weight."""
+    _drop(id(weight))
+
+
+def _drop(key: int) -> None:
+    _packed.pop(key, None)
+    _last.pop(key, None)
+
+
+def _pack(weight: Tensor, image: torch.Size, steps: tuple[Any, ...]) -> Tensor:
+    """Return `weight` packed for images of a size, or as it is if it is no parameter.
+
+    Packed for another size it does as well, if not always as fast. It is packed anew when a size
+    comes twice in a row: sizes that alternate would have it packed all the time.
+    """
+    owner = weight if weight._base is None else weight._base
+    if not isinstance(owner, nn.Parameter) or owner.is_inference():
+        return weight
+    key = id(owner)
+    found = _packed.get(key)
+    if (
+        found is not None
+        and found.owner() is owner
+        and found.version == owner._version
+        and found.source.data_ptr() == weight.data_ptr()
+        and (found.source.dtype, found.source.stride()) == (weight.dtype, weight.stride())
+        and found.source.shape == weight.shape
+        and found.steps == steps
+    ):
+        if found.image == image:
+            _last.pop(key, None)
+            return found.weight
+        if _last.get(key) != image:
+            _last[key] = image
+            return found.weight
+    _last.pop(key, None)
+    with torch.no_grad():
+        source = weight.detach()
+        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # pyright: ignore
+            source.to_mkldnn(), *steps, list(image)
+        )
+    kept_with = weakref.ref(owner, lambda _: _drop(key))
+    _packed[key] = _Packed(kept_with, source, owner._version, image, steps, packed)
+    return packed
