@@ -98,6 +98,9 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name == "convolution" and not args[0].is_contiguous():
+            # which a device's kernels keep, and the meta one does not
+            result = result.contiguous(memory_format=torch.channels_last)
         if name not in NO_TRAFFIC and not func.is_view:
             maps = (t for t in tensors_in((read_by(name, args), result)) if not _is_vector(t))
             self.bytes += _bytes(maps)
