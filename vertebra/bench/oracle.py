@@ -5,9 +5,10 @@
 The budget of `vertebra.testing.budget`, made for the gradients of a whole network. There one ReLU
 that falls on the other side of 0 moves all gradients before it, and two correct runs differ, tensor
 by tensor, by more than a factor of 2. Hence errors are norms, answers are judged in groups (a name
-is `group` or `group:tensor`) by their worst tensor, and eager may run several times. The rounding is
-one of the activations: torch.compile, for one, rounds statistics to their type. Or, where an answer
-is known to add up `terms` values, that many of its own type, which add up like their square root.
+is `group` or `group:tensor`) by their worst tensor, and eager may run several times. The rounding
+is one of the activations: torch.compile, for one, rounds statistics to their type. Or, where an
+answer is known to add up `terms` values, that many of its own type, which add up like their square
+root.
 """
 
 from __future__ import annotations
