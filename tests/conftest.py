@@ -94,6 +94,15 @@ def _nothing_replayed() -> None:
         replay.forget()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    """Let no test meet what others compiled: the same code Dynamo compiles a few times only."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+
+
 @pytest.fixture
 def eager_on_one_thread() -> Iterator[None]:
     """Plain PyTorch, for what does not test kernels: the interpreter is slow, images are small."""

@@ -81,7 +81,7 @@ def content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
 @pytest.mark.parametrize("name", ["main", "models", "train", "compile", "kernels", "overhead"])
 def test_without_results_a_sentence_says_so(name: str, content) -> None:
     text = content(name)
-    assert re.fullmatch(r"No run of .* on a GPU has been committed yet\.", text)
+    assert re.fullmatch(r"No GPU run of .* has been committed yet\.", text)
 
 
 def test_goals_stand_beside_what_is_reached(content) -> None:
@@ -110,7 +110,7 @@ def test_goals_are_for_one_machine_and_large_batches(content) -> None:
 
 def test_a_run_on_a_cpu_says_that_it_is_noisy(content) -> None:
     text = content("models", cpu=model("resnet50", "forward", 5.0, 10.0, device="AMD EPYC"))
-    assert text.startswith("No run of `vertebra bench models` on a GPU has been committed yet.")
+    assert text.startswith("No GPU run of `vertebra bench models` has been committed yet.")
     assert "noisy" in text
 
 
@@ -144,6 +144,36 @@ def test_the_headline_is_a_gpus_where_there_is_one(content) -> None:
 def test_an_unknown_kind_is_refused(content) -> None:
     with pytest.raises(ValueError, match=r"other.json must be a run of the kind .* got 'other'"):
         content("main", other=Report("other", environment(), {}))
+
+
+def test_compilation_is_shown_by_what_is_asked(content) -> None:
+    def ask(aspect: str, rows: list[Row]) -> Comparison:
+        facts = {"model": "resnet18", "block": "layer1.0", "aspect": aspect, "mode": "default",
+                 "direction": "forward", "policy": "marked"}  # fmt: skip
+        return Comparison(f"resnet18: {aspect}", rows, {"images": 4}, facts)
+
+    def traced(**more: Any) -> dict[str, Any]:
+        here = {"operations": {"forward": 31, "backward": 77}, "opaque": {}}
+        return {"graphs": 1, "breaks": 0, "here": here, **more}
+
+    late = Row("compile", True, "late")
+    ours = Row("vertebra-compile", False, facts=traced(on_triton={"opaque": {"bn": 5, "pool": 1}}))
+    starts = [{"restart_s": 3.0}, {"restart_s": 5.0}]
+    comparisons = [
+        ask("graphs", [Row("compile", True, facts=traced()), ours]),
+        ask("starts", [row("compile", 9e3, facts={"starts": starts}), row("vertebra", 50, False)]),
+        ask("steady", [row("compile", 4.0), row("vertebra-compile", 5.0, False), late]),
+        ask("shapes", [Row("compile", True, facts={"recompiled": 2, "stalled_s": 30.04})]),
+    ]
+    comparisons[2].rows[2].provider = "accelerated"
+    text = content("compile", cpu=Report("compile", environment("AMD"), {}, comparisons))
+    where = "| resnet18 layer1.0 | forward |"
+    assert f"{where} compile | 1 | 0 | 31 | 77 | 0 |" in text
+    assert f"{where} vertebra-compile | 1 | 0 | 31 | 77 | 6 |" in text
+    assert f"{where} default | 9.0, 4.0 cached | 0.1 |" in text
+    assert f"{where} default | 1,000 | 800, 0.80x, **loss** | late |" in text
+    assert f"{where} marked | 2, 30.0 s |" in text
+    assert "Of 1 comparisons, ours are 0 faster than" in text
 
 
 # pages

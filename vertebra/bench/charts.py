@@ -24,13 +24,13 @@ def models(report: Report, path: Path) -> None:
     if not by_model:
         return
     heights = [2.0 + 0.25 * max(len(c.timed) for c in group) for group in by_model.values()]
-    figure, axes = _figure(report, heights)
+    figure, axes = new_figure(report, heights)
     for axis, group in zip(axes, by_model.values(), strict=True):
         if len(group) > 1:
             _curves(axis, sorted(group, key=lambda c: c.facts["batch"]), "images per call")
         else:
             _bars(axis, group[0])
-    _save(figure, path)
+    save(figure, path)
 
 
 def kernels(report: Report, path: Path) -> None:
@@ -42,28 +42,30 @@ def kernels(report: Report, path: Path) -> None:
             by_op.setdefault(f"{facts['op']}, {facts['direction']}", []).append(comparison)
     if not by_op:
         return
-    figure, axes = _figure(report, [3.2] * len(by_op))
+    figure, axes = new_figure(report, [3.2] * len(by_op))
     for axis, (title, group) in zip(axes, by_op.items(), strict=True):
         _points(axis, group)
         if report.ceilings is not None:
             axis.axhline(report.ceilings.copy_bytes_per_s / 1e9, color="black", linestyle=":")
             axis.annotate("copy", (0, report.ceilings.copy_bytes_per_s / 1e9), va="bottom")
         axis.set_title(title, loc="left")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(report: Report, heights: Sequence[float]) -> tuple[Any, list[Any]]:
+def new_figure(report: Report, heights: Sequence[float], columns: int = 1) -> tuple[Any, list[Any]]:
+    """Return an empty figure of so many rows, and its axes, row by row."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(10, 0.8 + sum(heights)), layout="constrained")
-    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{report.environment['device']}, torch {report.environment['torch']}")
     return figure, list(axes)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -58,7 +58,10 @@ Floor = Annotated[
 _FLOOR = "With --floor"
 Machine = Annotated[
     str | None,
-    typer.Option(rich_help_panel=_FLOOR, help="Whose rates: h200-bf16 (measured here)."),
+    typer.Option(
+        rich_help_panel=_FLOOR,
+        help="Whose rates: h200, which also means --dtype bf16 --batch 256 (measured here).",
+    ),
 ]
 Bandwidth = Annotated[
     float | None, typer.Option(rich_help_panel=_FLOOR, help="GB/s, read and written.")
@@ -68,6 +71,12 @@ TensorRate = Annotated[
 ]
 FmaRate = Annotated[
     float | None, typer.Option(rich_help_panel=_FLOOR, help="TFLOP/s of other arithmetic.")
+]
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_FLOOR, help="Also list the kernels of parts with this in their name."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the file of --json.")]
 
@@ -198,6 +207,7 @@ def _models(
     bandwidth: Bandwidth = None,
     tensor_rate: TensorRate = None,
     fma_rate: FmaRate = None,
+    kernels: Kernels = None,
 ) -> None:
     from .models import tasks
     from .workload import VARIANTS
@@ -286,9 +296,15 @@ def _floors(kind: str, options: dict[str, Any]) -> None:
         "tensor": given("tensor_rate", 1e12),
         "fma": given("fma_rate", 1e12),
     }
+    if options["machine"] is not None:
+        options = {
+            **options,
+            "dtype": options["dtype"] or "bf16",
+            "batch": options["batch"] or (None if options["tiny"] else "256"),
+        }
     try:
         settings = _settings(kind, options, ())
-        floors.run(
+        finished = floors.run(
             chosen(options["names"] or [], settings),
             settings,
             training=kind == "train",
@@ -296,11 +312,90 @@ def _floors(kind: str, options: dict[str, Any]) -> None:
             rates=rates,
             console=console(150),
             say=log().print,
+            kernels_of=options["kernels"],
             plots=options["plot"],
             data=options["json"],
         )
     except ValueError as error:
         raise usage_error(error) from None
+    raise typer.Exit(0 if finished else INTERRUPTED)
+
+
+@bench.command("compile")
+def compiling(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Any of `vertebra list` (some of each family).")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Images per call; others follow from it (256; CPU: 4).")
+    ] = None,
+    image_size: ImageSize = None,
+    layout: Annotated[str | None, typer.Option(help="nchw or nhwc (nhwc).")] = None,
+    providers: Providers = None,
+    filter: Filter = "",
+    rounds: Rounds = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything, small.")] = False,
+    direction: Annotated[str | None, typer.Option(help="forward,training (both).")] = None,
+    mode: Annotated[str | None, typer.Option(help="Inductor's, comma-separated (all).")] = None,
+    aspect: Annotated[
+        str | None, typer.Option(help="graphs,starts,steady,shapes (all of them).")
+    ] = None,
+    blocks: Annotated[bool, typer.Option(help="Blocks of the models too.")] = True,
+    backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
+    tiny: Tiny = False,
+    minutes: Minutes = None,
+    patience: Annotated[
+        float | None, typer.Option(help="Seconds for a process, from start to end (300).")
+    ] = None,
+    json: Json = None,
+    csv: Csv = None,
+    plot: Plot = None,
+    resume: Resume = False,
+) -> None:
+    """Compare with torch.compile: graphs, cold starts, speed, memory, changing shapes.
+
+    The peer's model, ours, and the peer's on our ops, each eager and compiled.
+    """
+    from .compile import charts, tables
+    from .compile.plan import Plan
+    from .compile.tasks import tasks
+    from .session import Session
+
+    try:
+        plan = Plan.of(
+            quick=quick,
+            directions=_split(direction),
+            modes=_split(mode),
+            aspects=_split(aspect),
+            blocks=blocks,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            batches=_numbers(batch),
+            image_size=image_size,
+            rounds=rounds,
+            providers=_split(providers),
+            layouts=_split(layout),
+            match=filter,
+            minutes=minutes,
+            first_answer_s=patience,
+            tiny=tiny,
+        )
+        todo = tasks(names or [], plan)
+        path = json or Path("bench/out/compile.json")
+        session = Session.open("compile", plan, path, resume=resume)
+    except ValueError as error:
+        raise usage_error(error) from None
+    found = session.run(todo)
+    tables.show(found, console(160))
+    for target, write in ((csv, tables.write), (plot, charts.draw)):
+        if target is not None:
+            write(found, target)
+    written = ", ".join(str(target) for target in (path, csv, plot) if target is not None)
+    console().print(f"written: {written}", highlight=False)
+    leave(found)
 
 
 def leave(report: Report) -> NoReturn:

@@ -80,6 +80,7 @@ STAGES: dict[str, Stage] = {
     "kernels": measuring("kernels"),
     "models": measuring("models"),
     "train": measuring("train"),
+    "compile": measuring("compile"),
 }
 
 

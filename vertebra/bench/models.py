@@ -71,11 +71,12 @@ def chosen(names: Sequence[str], settings: Settings) -> list[str]:
     Raises:
         ValueError: there is no such model.
     """
-    _check(names)
+    check(names)
     return [name for name in names or default_models(settings) if settings.match in name]
 
 
-def _check(names: Sequence[str]) -> None:
+def check(names: Sequence[str]) -> None:
+    """Raise ValueError where one of them is no model of ours."""
     known = list_models()
     for name in names:
         if name not in known:

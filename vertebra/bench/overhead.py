@@ -96,6 +96,7 @@ def _gpu() -> Generator[torch.device]:
 
 
 def _compare(case: Case, mode: Mode, device: torch.device, rounds: int) -> list[Row]:
+    torch.compiler.reset()  # the same code is compiled a few times only, and looks through them all
     providers = {"eager": _provider(case, mode, device, "eager")}
     providers["vertebra"] = _provider(case, mode, device, "triton")
     rows = {name: Row(name, name == "eager", calls_per_sample=_CALLS) for name in providers}

@@ -19,15 +19,16 @@ _NARROW = 120  # columns, under which some of a table are left out
 def show(report: Report, console: Console) -> None:
     """Print every comparison, then the verdicts and the notes."""
     for comparison in report.comparisons:
-        console.print(_table(comparison, report.ceilings, console.width))
+        console.print(steady_table(comparison, report.ceilings, console.width))
         for row in comparison.rows:
             if row.detail:
                 text = f"{row.provider}: {row.status}, {row.detail}"
                 console.print(text, markup=False, highlight=False)
-    _conclude(report, sentences(report), console)
+    conclude(report, sentences(report), console)
 
 
-def _conclude(report: Report, sentences: Iterable[str], console: Console) -> None:
+def conclude(report: Report, sentences: Iterable[str], console: Console) -> None:
+    """Print sentences, the notes, and what went wrong."""
     if report.ceilings is not None:
         sentences = (*sentences, *_measured(report.ceilings, report))
     for sentence in (*sentences, *report.notes):
@@ -63,20 +64,25 @@ class Verdict(NamedTuple):
     speedup: tuple[float, float, float]
 
 
+def verdict(comparison: Comparison) -> Verdict | None:
+    """Return the verdict on a comparison, if it has a row of ours and one of a peer."""
+    ours = comparison.best(peer=False)
+    peer = comparison.best(peer=True)
+    if ours is None or peer is None:
+        return None
+    speedups = comparison.speedups(ours)
+    low, middle, high = quartiles(speedups)
+    if len(speedups) < 3 or low <= 1 <= high:
+        outcome = "not told apart from"
+    else:
+        outcome = "faster than" if middle > 1 else "a loss: slower than"
+    return Verdict(comparison, ours, peer, outcome, (low, middle, high))
+
+
 def verdicts(report: Report) -> Iterator[Verdict]:
     """Yield the verdict on every comparison that has both."""
-    for comparison in report.comparisons:
-        ours = comparison.best(peer=False)
-        peer = comparison.best(peer=True)
-        if ours is None or peer is None:
-            continue
-        speedups = comparison.speedups(ours)
-        low, middle, high = quartiles(speedups)
-        if len(speedups) < 3 or low <= 1 <= high:
-            outcome = "not told apart from"
-        else:
-            outcome = "faster than" if middle > 1 else "a loss: slower than"
-        yield Verdict(comparison, ours, peer, outcome, (low, middle, high))
+    found = map(verdict, report.comparisons)
+    yield from (each for each in found if each is not None)
 
 
 def sentences(report: Report) -> Iterator[str]:
@@ -101,7 +107,8 @@ def tally(report: Report) -> Iterator[str]:
             yield f"a loss: {comparison.name}, {ours.provider} {middle:.2f}x {peer.provider}"
 
 
-def _table(comparison: Comparison, ceilings: Ceilings | None, width: int) -> Table:
+def steady_table(comparison: Comparison, ceilings: Ceilings | None, width: int) -> Table:
+    """Return the table of a comparison: times, rates, errors, memory."""
     lines = {row.provider: columns(comparison, row, ceilings) for row in comparison.rows}
     headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
     if width < _NARROW:
@@ -197,7 +204,7 @@ def show_kernels(report: Report, console: Console) -> None:
         "Medians. ±: half the distance between the quartiles; ±, GB/s, of floor, x peer and saved "
         "are of our fastest; saved: what it keeps for the backward pass, of what eager keeps."
     )
-    _conclude(report, tally(report), console)
+    conclude(report, tally(report), console)
 
 
 def _kernels_table(

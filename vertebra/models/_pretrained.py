@@ -70,11 +70,21 @@ class Weights(Enum):
         )
 
     def download(self, progress: bool = True) -> Path:
-        """Return the file, from torch's hub folder or fetched there and checked by its hash."""
+        """Return the file, from torch's hub folder or fetched there and checked by its hash.
+
+        Raises:
+            OSError: it cannot be fetched, or something else was.
+        """
         path = Path(torch.hub.get_dir()) / "checkpoints" / self.value.file
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(path), self.value.sha256, progress)
+            try:
+                torch.hub.download_url_to_file(self.url, str(path), self.value.sha256, progress)
+            except (OSError, RuntimeError) as error:
+                raise OSError(
+                    f"{self} cannot be fetched from {self.url}: {getattr(error, 'reason', error)}; "
+                    f"put the file into {path.parent} by other means"
+                ) from error
         return path
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -239,9 +239,21 @@ def _visit(
     _keep(step(0), folder / f"last-{i}.pt")
     if spec.mode is not None:
         _account_for_compiling(account, call)
-    account.host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    account.host_bytes = _most_resident()
     if device.type == "cuda":
         account.device_bytes = torch.cuda.max_memory_allocated(device)
+
+
+def _most_resident() -> int:
+    """Return the most memory that this process has had; 0 where the system does not say.
+
+    Not from `getrusage`, which counts what the process was forked from.
+    """
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return 0
+    return 0 if found is None else 1024 * int(found[1])
 
 
 def _keep(answers: Answers, path: Path) -> None:

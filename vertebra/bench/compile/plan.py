@@ -73,6 +73,7 @@ class Plan(Settings):
         modes: of Inductor, each a comparison of its own.
         aspects: the questions asked.
         policies: of shapes.
+        blocks: whether blocks of the networks are compared too.
         starts: fresh processes per provider.
         backend: of torch.compile; any but Inductor is for tests.
     """
@@ -82,6 +83,7 @@ class Plan(Settings):
     modes: tuple[CompileMode, ...] = ("default",)
     aspects: tuple[Aspect, ...] = ASPECTS
     policies: tuple[Policy, ...] = tuple(POLICIES)
+    blocks: bool = True
     starts: int = 3
     backend: str = "inductor"
 
@@ -93,16 +95,19 @@ class Plan(Settings):
         directions: Sequence[str] = (),
         modes: Sequence[str] = (),
         aspects: Sequence[str] = (),
+        blocks: bool = True,
         backend: str = "inductor",
         **options: Any,
     ) -> Plan:
         """Return the plan for the options given, and for the others what suits the machine.
 
         Args:
-            quick: inference only, one start, fewer shapes and a block of each network.
+            quick: inference, one start, the shapes as torch.compile has them by default and fewer
+                of them, and a block of each network.
             directions: some of `DIRECTIONS`.
             modes: some of Inductor's.
             aspects: some of `ASPECTS`.
+            blocks: whether there are any.
             backend: of torch.compile.
             options: those of `Settings.choose`.
 
@@ -119,10 +124,11 @@ class Plan(Settings):
         plan = replace(
             chosen,
             quick=quick,
-            directions=tuple(directions) or (DIRECTIONS[:1] if quick else DIRECTIONS),
-            modes=tuple(modes) or tuple(every[:1] if quick else every),
+            directions=tuple(directions) or (DIRECTIONS[:1] if quick else DIRECTIONS),  # pyright: ignore[reportArgumentType]
+            modes=tuple(modes) or tuple(every[:1] if quick else every),  # pyright: ignore[reportArgumentType]
             aspects=tuple(aspects) or ASPECTS,
-            policies=("automatic", "dynamic") if quick else tuple(POLICIES),
+            policies=("automatic",) if quick else tuple(POLICIES),
+            blocks=blocks,
             starts=1 if quick else 3,
             rounds=given(options.get("rounds"), 5),
             backend=backend,
@@ -168,9 +174,11 @@ class Plan(Settings):
         and larger images.
         """
         batch, size = self.base
-        batches = [batch - 1, *([] if self.quick else [batch // 2])]
-        batches += [1] if direction == "forward" else []
-        sizes = [size + 32, *([] if self.quick else [size + 64])]
-        seen = [self.base, *(Visit(n, size) for n in batches if n > (direction == "training"))]
+        batches, sizes = [batch - 1], [size + 32]
+        if not self.quick:
+            batches += [batch // 2, *([1] if direction == "forward" else [])]
+            sizes += [size + 64]
+        least = 2 if direction == "training" else 1
+        seen = [self.base, *(Visit(n, size) for n in batches if n >= least)]
         seen += [Visit(batch, pixels) for pixels in sizes]
         return [*dict.fromkeys(seen), self.base]

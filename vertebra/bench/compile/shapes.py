@@ -1,7 +1,8 @@
 """Changing shapes: which of them are compiled anew, how long that takes, and is it still right?
 
 Every provider meets a sequence of batches and image sizes, in a process of its own that finds what
-its cold start has compiled. Answers are checked at every shape, the first and the last one.
+its cold start has compiled. Answers are checked at every shape, the first and the last one. Eager
+providers, to whom it is nothing what the compiler is told of shapes, come once, beside the default.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def compare(
     done = {row.provider: row for row in comparison.rows if row.status != "late"}
     comparison.rows.clear()
     for name, variant in plan.chosen.items():
+        if policy != "automatic" and not variant.compiled:
+            continue
         session.tick(f"{name}: {len(visits)} shapes")
         row = done.get(name, new_row(name, plan))
         comparison.rows.append(row)

@@ -6,7 +6,7 @@ from .. import goals
 from ..results import Comparison
 from .figures import Chart, Mark, Panel, Row
 from .markdown import picture
-from .measures import copy_share, eager_and_ours, spread, stem
+from .measures import copy_share, eager_and_ours, spread, stem, whole_networks
 from .sources import KINDS, Result, Sources
 
 
@@ -63,7 +63,7 @@ def traffic_chart(sources: Sources) -> str:
 
 
 def _models(run: Result) -> Chart | None:
-    panels = [_rates(run, c) for c in run.report.comparisons if c.timed]
+    panels = [_rates(run, c) for c in whole_networks(run) if c.timed]
     alt = f"Images per second of every provider on {run.report.environment['device']}"
     return Chart(alt, panels, bars=True) if panels else None
 

@@ -6,6 +6,7 @@ import statistics
 from pathlib import PurePosixPath
 
 from .. import report
+from ..ceilings import Ceilings
 from ..results import Comparison, Row, quartiles
 from .sources import Result
 
@@ -27,12 +28,30 @@ def spread(comparison: Comparison, row: Row) -> tuple[float, float, float]:
     return high, middle, low
 
 
+def whole_networks(run: Result) -> list[Comparison]:
+    """Return the comparisons of how fast networks are, not parts of them, nor what else there is.
+
+    `bench compile` has such.
+    """
+    return [
+        comparison
+        for comparison in run.report.comparisons
+        if comparison.facts.get("aspect", "steady") == "steady"
+        and not comparison.facts.get("block")
+    ]
+
+
+def ceilings(run: Result) -> Ceilings | None:
+    """Return what a machine can do at best; of a CPU, which other work slows down, none is told."""
+    return run.report.ceilings if run.on_gpu else None
+
+
 def copy_share(run: Result, comparison: Comparison) -> float | None:
     """Return the bandwidth of our best row as a share of that of a copy."""
-    ours, ceilings = comparison.best(peer=False), run.report.ceilings
-    if ours is None or ceilings is None or "bytes" not in comparison.work:
+    ours, limits = comparison.best(peer=False), ceilings(run)
+    if ours is None or limits is None or "bytes" not in comparison.work:
         return None
-    return comparison.work["bytes"] * 1e3 / ours.median_ms / ceilings.copy_bytes_per_s
+    return comparison.work["bytes"] * 1e3 / ours.median_ms / limits.copy_bytes_per_s
 
 
 def eager_and_ours(comparison: Comparison) -> tuple[Row, Row]:

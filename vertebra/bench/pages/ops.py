@@ -36,7 +36,6 @@ def _no_run(command: str) -> str:
 
 
 def _op(run: Result, comparisons: Sequence[Comparison]) -> str:
-    verdicts = {id(verdict.comparison): verdict for verdict in report.verdicts(run.report)}
     providers = list(dict.fromkeys(row.provider for c in comparisons for row in c.rows))
     headings = ["map", "options", "pass", "path"]
     headings += [*(f"{name}, ms" for name in providers), "GB/s", "of copy", "x peer", ""]
@@ -47,7 +46,7 @@ def _op(run: Result, comparisons: Sequence[Comparison]) -> str:
         shape = " x ".join(map(str, facts["shape"]))
         line = [f"{shape} {facts['layout']}", facts["options"], facts["direction"], facts["path"]]
         line += [_ms(comparison, rows.get(name)) for name in providers]
-        ours, verdict = comparison.best(peer=False), verdicts.get(id(comparison))
+        ours, verdict = comparison.best(peer=False), report.verdict(comparison)
         cells = {} if ours is None else report.columns(comparison, ours, None)
         share = copy_share(run, comparison)
         line += [cells.get("GB/s", ""), "" if share is None else f"{share:.0%}"]

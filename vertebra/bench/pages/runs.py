@@ -8,20 +8,21 @@ from .. import goals, report
 from ..results import Comparison, Report, Row
 from .charts import shown, traffic_chart
 from .markdown import bullets, code, folded, paragraphs, table
-from .measures import outcome
+from .measures import ceilings, outcome
 from .sources import Result, Sources
 
-NO_GPU_RUN = "No run of {} on a GPU has been committed yet."
+NO_GPU_RUN = "No GPU run of {} has been committed yet."
 
 
 def about(run: Result) -> str:
     """Return what a reader of a run's tables must know."""
     found = run.report
     sentences = [*report.sentences(found), *failures(found), *found.notes]
-    return paragraphs(bullets([*sentences, *_noise(run)]), provenance(run))
+    return paragraphs(bullets([*sentences, *noise(run)]), provenance(run))
 
 
-def _noise(run: Result) -> Iterator[str]:
+def noise(run: Result) -> Iterator[str]:
+    """Say of a run without a GPU that its times are noisy."""
     if not run.on_gpu:
         yield (
             f"A CPU with {run.report.environment['cores']} cores that other work shares: the times "
@@ -54,7 +55,8 @@ def provenance(run: Result) -> str:
     )
 
 
-def _where(found: Report) -> str:
+def where(found: Report) -> str:
+    """Return the title of a run."""
     return f"{found.environment['device']}, torch {found.environment['torch']}"
 
 
@@ -96,15 +98,15 @@ def _pair(comparison: Comparison, provider: str) -> tuple[str, str]:
 # a line per comparison, the goals beside it
 
 
-def _overview(run: Result) -> str:
+def overview(run: Result) -> str:
+    """Return a table with a line per comparison: our best, the fastest peer, the goal."""
     found = run.report
-    verdicts = {id(verdict.comparison): verdict for verdict in report.verdicts(found)}
     headings = ["model", "images", "ours, img/s", "fastest peer, img/s", "x peer", "", "of floor"]
     headings += ["goal", "of goal", "stretch", "saved, of eager's", "goal"]
     lines: list[list[str]] = []
     for comparison in found.comparisons:
         line = [comparison.facts["model"], str(comparison.facts["batch"])]
-        verdict = verdicts.get(id(comparison))
+        verdict = report.verdict(comparison)
         if verdict is None:
             ours, peer = comparison.best(peer=False), comparison.best(peer=True)
             line += [_rate(comparison, ours), _rate(comparison, peer), "", "", ""]
@@ -112,7 +114,7 @@ def _overview(run: Result) -> str:
             low, middle, high = verdict.speedup
             line += [_rate(comparison, verdict.ours), _rate(comparison, verdict.peer)]
             line += [f"{middle:.2f} [{low:.2f} to {high:.2f}]", outcome(verdict)]
-            line += [report.columns(comparison, verdict.ours, found.ceilings).get("of floor", "")]
+            line += [report.columns(comparison, verdict.ours, ceilings(run)).get("of floor", "")]
         lines.append([*line, *_against_goal(found, comparison), *_saved(comparison)])
     kept = [i for i in range(len(headings)) if i < 6 or any(line[i] for line in lines)]
     return table([headings[i] for i in kept], [[line[i] for i in kept] for line in lines])
@@ -149,13 +151,13 @@ def _saved(comparison: Comparison) -> tuple[str, str]:
 # a line per provider, one comparison in full
 
 
-def _in_full(comparison: Comparison, found: Report) -> str:
+def _in_full(comparison: Comparison, run: Result) -> str:
     lines = {
-        row.provider: report.columns(comparison, row, found.ceilings) for row in comparison.rows
+        row.provider: report.columns(comparison, row, ceilings(run)) for row in comparison.rows
     }
     headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
     content = [
-        [_emphasised(provider, found), *(cells.get(heading, "") for heading in headings)]
+        [_emphasised(provider, run.report), *(cells.get(h, "") for h in headings)]
         for provider, cells in lines.items()
     ]
     return table(["", *headings], content)
@@ -168,14 +170,17 @@ def headline(sources: Sources) -> str:
     """Return the README's table and chart: what GPUs reach, or the main job and what is counted."""
     on_gpu = [run for run in sources.of("models", "train") if run.on_gpu]
     if on_gpu:
-        return paragraphs(
-            *(p for run in on_gpu for p in (_overview(run), provenance(run))), shown(on_gpu[0])
-        )
-    parts = [NO_GPU_RUN.format(code("make gpu"))]
+        tables = (part for run in on_gpu for part in (overview(run), provenance(run)))
+        return paragraphs(*tables, shown(on_gpu[0]))
+    parts: list[str] = []
     for run in sources.of("main")[:1]:
-        sentences = " ".join((*report.sentences(run.report), *_noise(run)))
-        parts = [_side_by_side(run), *parts, sentences, provenance(run)]
-    return paragraphs(*parts, traffic_chart(sources))
+        sentences = " ".join((*report.sentences(run.report), *noise(run)))
+        parts = [_side_by_side(run), f"{sentences} {provenance(run)}"]
+    counted = (
+        "No GPU run has been committed yet. What GPU kernels save can be counted: maps of the size "
+        "of its input that a call reads and writes, in fp32, beside eager PyTorch's operations."
+    )
+    return paragraphs(*parts, counted, traffic_chart(sources))
 
 
 def main_job(sources: Sources) -> str:
@@ -193,17 +198,12 @@ def train(sources: Sources) -> str:
     return _all(sources, "train", "vertebra bench train")
 
 
-def compilation(sources: Sources) -> str:
-    """Return every run of the comparison with torch.compile."""
-    return _all(sources, "compile", "bench compile")
-
-
 def _all(
-    sources: Sources, kind: str, command: str, overview: Callable[[Result], str] = _overview
+    sources: Sources, kind: str, command: str, first: Callable[[Result], str] = overview
 ) -> str:
     found = sources.of(kind)
     parts = [] if any(run.on_gpu for run in found) else [NO_GPU_RUN.format(code(command))]
     for run in found:
-        parts += [f"### {_where(run.report)}", overview(run), shown(run), about(run)]
-        parts += [folded(c.name, _in_full(c, run.report)) for c in run.report.comparisons]
+        parts += [f"### {where(run.report)}", first(run), shown(run), about(run)]
+        parts += [folded(c.name, _in_full(c, run)) for c in run.report.comparisons]
     return paragraphs(*parts)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ..drop_in import HEADINGS
-from . import charts, figures, marks, networks, ops, runs
+from . import charts, compilation, figures, marks, networks, ops, runs
 from .markdown import ASSETS, table
 from .sources import Sources
 
@@ -26,7 +26,7 @@ PARTS: Mapping[str, Part] = {
     "main": runs.main_job,
     "models": runs.models,
     "train": runs.train,
-    "compile": runs.compilation,
+    "compile": compilation.compilation,
     "kernels": ops.kernels,
     "overhead": ops.overhead,
     "traffic": ops.traffic,
