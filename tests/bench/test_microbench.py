@@ -23,6 +23,7 @@ from vertebra.testing.cases import Case
 
 plugin = pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
+PLAIN = ("eager", "vertebra")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -31,14 +32,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     measured = metafunc.config.getoption("benchmark_only", default=False)
     settings = Settings.choose(tiny=not measured, own_batches=True)
     settings = replace(settings, compiled=measured and settings.on_gpu)
-    providers = kernels.default_providers(settings)
-    if not measured:  # the peers' modules have tests of their own
-        settings, providers = replace(settings, layouts=("nhwc",)), ("eager", "vertebra")
-    cases = kernels.bench_cases((), settings)
-    ways = [(case, way) for case in cases for way in kernels.directions(case)]
-    names = [f"{case.id}-{way}" for case, way in ways]
-    metafunc.parametrize(("case", "direction"), ways, ids=names)
-    metafunc.parametrize("provider", providers)
+    if not measured:
+        settings = replace(settings, layouts=("nhwc",))
+    found = [
+        (case, direction, provider)
+        for case in kernels.bench_cases((), settings)
+        for direction in kernels.directions(case)
+        # the peers' modules have tests of their own
+        for provider in (kernels.suitable(case.op, settings) if measured else PLAIN)
+    ]
+    ids = ["-".join((case.id, *others)) for case, *others in found]
+    metafunc.parametrize(("case", "direction", "provider"), found, ids=ids)
 
 
 @lru_cache(maxsize=1)

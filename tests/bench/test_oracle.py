@@ -59,6 +59,25 @@ def test_the_budget_is_twice_the_worst_of_eagers_runs() -> None:
     assert oracle.judge({name: value * (1 + 6.1e-3) for name, value in exact.items()}).wrong
 
 
+def test_a_sum_may_have_the_roundings_of_its_terms() -> None:
+    exact = {"dweight": torch.randn(50, dtype=torch.float64)}
+    off = {"dweight": (exact["dweight"] * (1 + 5e-7)).float()}
+    assert calibrated(exact).judge(off).wrong
+    oracle = Oracle(exact, torch.float32, {"dweight": 100})
+    oracle.calibrate({"dweight": exact["dweight"].float()})
+    assert not oracle.judge(off).wrong
+    assert oracle.judge({"dweight": exact["dweight"] * (1 + 5e-6)}).wrong
+
+
+def test_the_terms_of_an_fp32_sum_over_bf16_maps_are_no_bf16_roundings() -> None:
+    exact = {"dweight": torch.randn(50, dtype=torch.float64)}
+    oracle = Oracle(exact, torch.bfloat16, {"dweight": 10_000})
+    oracle.calibrate({"dweight": exact["dweight"].float()})
+    eps = torch.finfo(torch.bfloat16).eps
+    assert not oracle.judge({"dweight": exact["dweight"] * (1 + 1.9 * eps)}).wrong
+    assert oracle.judge({"dweight": exact["dweight"] * (1 + 2.1 * eps)}).wrong
+
+
 def test_rounding_around_a_gradient_that_is_zero_is_no_error() -> None:
     exact = truth() | {"gradients:zero": torch.zeros(8, dtype=torch.float64)}
     oracle = calibrated(exact)

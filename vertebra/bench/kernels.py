@@ -65,14 +65,14 @@ PROVIDERS: dict[str, Way] = {
 }
 
 
-def default_providers(settings: Settings) -> tuple[str, ...]:
-    """Return the providers that a machine can do in reasonable time."""
+def suitable(op: str, settings: Settings) -> tuple[str, ...]:
+    """Return the providers of an op that a machine has and can do in reasonable time."""
     return tuple(
         name
         for name, way in PROVIDERS.items()
         if (settings.compiled or way.compile is None)
         and (settings.on_gpu or name != "max-autotune")
-        and (name not in modules.LIBRARIES or modules.installed(name))
+        and (name not in modules.LIBRARIES or modules.offers(name, op))
     )
 
 
@@ -105,15 +105,14 @@ def tasks(ops: Sequence[str], settings: Settings) -> list[Task]:
     Raises:
         ValueError: there is no such op.
     """
-    names = settings.providers or default_providers(settings)
-    return [
-        Task(
-            tuple(f"{case.id} {direction}" for direction in directions(case)),
-            partial(compare, case, names, settings),
-            steps=len(directions(case)) * (len(names) + settings.rounds + 1),
-        )
-        for case in bench_cases(ops, settings)
-    ]
+    found: list[Task] = []
+    for case in bench_cases(ops, settings):
+        names = settings.providers or suitable(case.op, settings)
+        ways = directions(case)
+        comparisons = tuple(f"{case.id} {direction}" for direction in ways)
+        steps = len(ways) * (len(names) + settings.rounds + 1)
+        found.append(Task(comparisons, partial(compare, case, names, settings), steps))
+    return found
 
 
 @dataclass
@@ -212,9 +211,10 @@ class Problem:
     def oracle(self, direction: Direction) -> Oracle:
         """Return the judge of y, or of the gradients."""
         wanted = "y" if direction == "forward" else "d"
-        answers = [name for name in self.truth if name.startswith(wanted)]
-        oracle = Oracle({n: self.truth[n] for n in answers}, self.case.dtype)
-        oracle.calibrate({n: self.eager[n] for n in answers})
+        truth = {n: value for n, value in self.truth.items() if n.startswith(wanted)}
+        terms = {n: self.case.subject.terms(self.case, n, value) for n, value in truth.items()}
+        oracle = Oracle(truth, self.case.dtype, terms)
+        oracle.calibrate({n: self.eager[n] for n in truth})
         return oracle
 
     def provider(self, name: str, direction: Direction) -> Provider:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from ..models import list_models
-from .ceilings import DTYPES
+from .anatomy import dissect
+from .ceilings import DTYPES, Ceilings
 from .clock import Clock
 from .results import Comparison
+from .roofline import rates_of
 from .runner import measure, settle_threads, warm_up_compiler
+from .schedules import construct
 from .session import Session, Task
 from .settings import Settings
 from .workload import VARIANTS, Cost, Mode, Workload
@@ -105,6 +109,11 @@ def compare(name: str, batch: int, settings: Settings, mode: Mode, session: Sess
         {"images": batch, "flops": float(batch * cost.flops)},
         _facts(work, batch, cost, settings, mode),
     )
+    if session.report.ceilings is not None:
+        with suppress(ValueError):  # a network that nobody has taken apart
+            comparison.facts["floor_ms"] = _floor_ms(
+                name, batch, settings, mode, session.report.ceilings
+            )
     session.begin(comparison)
     session.tick("the truth, in fp64 on the CPU")
     measure(
@@ -116,6 +125,21 @@ def compare(name: str, batch: int, settings: Settings, mode: Mode, session: Sess
         limits=session.limits(settings.first_answer_s),
         tick=session.tick,
     )
+
+
+def _floor_ms(name: str, batch: int, settings: Settings, mode: Mode, ceilings: Ceilings) -> float:
+    """Return the least time with one kernel per convolution, and everything else part of those."""
+    dtype = DTYPES[settings.dtype]
+    rates = rates_of(ceilings, dtype)
+    schedule = construct(
+        dissect(name, settings.image_size),
+        "conv",
+        training=mode != "forward",
+        batch=batch,
+        itemsize=dtype.itemsize,
+        rates=rates,
+    )
+    return 1e3 * schedule.floor(rates)
 
 
 @lru_cache(maxsize=1)

@@ -286,6 +286,6 @@ _BUILDERS: dict[str, dict[str, Callable[[Case], Function]]] = {
 LIBRARIES = tuple(_BUILDERS)
 
 
-def installed(library: str) -> bool:
-    """Return whether a library is here, without importing it."""
-    return importlib.util.find_spec(library) is not None
+def offers(library: str, op: str) -> bool:
+    """Return whether a library is here, which is not imported, and has modules for an op."""
+    return op in _BUILDERS[library] and importlib.util.find_spec(library) is not None

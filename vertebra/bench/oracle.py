@@ -1,17 +1,20 @@
 """The judge: is an answer as close to the fp64 truth as eager PyTorch is in the same dtype?
 
-    |actual - truth| / |truth| <= 2 * (error of eager + eps)                     Euclidean norms
+    |actual - truth| / |truth| <= 2 * (error of eager + rounding)                Euclidean norms
 
 The budget of `vertebra.testing.budget`, made for the gradients of a whole network. There one ReLU
 that falls on the other side of 0 moves all gradients before it, and two correct runs differ, tensor
 by tensor, by more than a factor of 2. Hence errors are norms, answers are judged in groups (a name
-is `group` or `group:tensor`) by their worst tensor, and eager may run several times. eps is that of
-the activations: torch.compile, for one, rounds statistics to it.
+is `group` or `group:tensor`) by their worst tensor, and eager may run several times. The rounding
+is one of the activations: torch.compile, for one, rounds statistics to their type. Or, where an
+answer is known to add up `terms` values, that many of its own type, which add up like their square
+root.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,10 +47,14 @@ class Oracle:
     Args:
         truth: the answers in fp64, on any device.
         dtype: of the activations.
+        terms: by group, how many values the answers of it add up.
     """
 
-    def __init__(self, truth: Answers, dtype: torch.dtype) -> None:
+    def __init__(
+        self, truth: Answers, dtype: torch.dtype, terms: Mapping[str, int] | None = None
+    ) -> None:
         self._truth = truth
+        self._terms = terms or {}
         self._eps = torch.finfo(dtype).eps
         self._scales = _scales(truth)
         self._allowed: dict[str, float] = {}
@@ -59,7 +66,9 @@ class Oracle:
                 raise ValueError(
                     f"eager is no yardstick: {worst.tensor} has error {worst.error:.1e}"
                 )
-            budget = 2 * (worst.error + self._eps)
+            own = torch.finfo(eager[worst.tensor].dtype).eps
+            rounding = max(self._eps, own * math.sqrt(self._terms.get(group, 1)))
+            budget = 2 * (worst.error + rounding)
             self._allowed[group] = max(self._allowed.get(group, 0.0), budget)
 
     def judge(self, answers: Answers) -> Verdict:

@@ -30,7 +30,7 @@ def show(report: Report, console: Console) -> None:
 def conclude(report: Report, sentences: Iterable[str], console: Console) -> None:
     """Print sentences, the notes, and what went wrong."""
     if report.ceilings is not None:
-        sentences = (*sentences, _measured(report.ceilings))
+        sentences = (*sentences, *_measured(report.ceilings, report))
     for sentence in (*sentences, *report.notes):
         console.print(f"- {sentence}", markup=False, highlight=False)
     for failure in report.failures:
@@ -39,12 +39,19 @@ def conclude(report: Report, sentences: Iterable[str], console: Console) -> None
         console.print("Interrupted: what was done until then is kept.", style="yellow")
 
 
-def _measured(ceilings: Ceilings) -> str:
+def _measured(ceilings: Ceilings, report: Report) -> Iterator[str]:
     rates = (f"{n} {_tera(rate)}" for n, rate in ceilings.matmul_flops_per_s.items())
-    return (
-        f"Floors are of this machine: a copy moves {ceilings.copy_bytes_per_s / 1e9:,.0f} GB/s, "
-        f"matrix products do {', '.join(rates)} TFLOP/s."
+    yield (
+        f"Here a copy moves {ceilings.copy_bytes_per_s / 1e9:,.0f} GB/s, and matrix products do "
+        f"{', '.join(rates)} TFLOP/s."
     )
+    if report.kind == "kernels":
+        yield "The floor is what the op has to move, at the copy's rate."
+    elif any("floor_ms" in comparison.facts for comparison in report.comparisons):
+        yield (
+            "The floor is one kernel per convolution, all else part of those, at these rates; "
+            "--floor shows it part by part, and others."
+        )
 
 
 class Verdict(NamedTuple):

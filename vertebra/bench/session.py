@@ -23,7 +23,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 
 from . import ceilings, environment
 from .results import Comparison, Report, plain
-from .runner import Limits
+from .runner import Limits, settle_threads
 from .settings import Settings
 
 _SAVE_EVERY_S = 5.0
@@ -116,8 +116,11 @@ class Session:
 
     def _measure_ceilings(self) -> None:
         settings = self.report.settings
+        device = torch.device(settings["device"])
+        if device.type == "cpu":
+            settle_threads()
         self.report.ceilings = ceilings.measure(
-            torch.device(settings["device"]),
+            device,
             (settings["dtype"],),
             tiny=settings["tiny"],
             say=self._progress.describe,
