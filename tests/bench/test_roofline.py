@@ -18,11 +18,12 @@ from vertebra.__main__ import app
 from vertebra.bench import floor_chart, floors
 from vertebra.bench.anatomy import Anatomy, dissect, macs
 from vertebra.bench.construction import construct
+from vertebra.bench.goals import H200
 from vertebra.bench.part_times import PartTimes, measure_parts
-from vertebra.bench.roofline import LAUNCH_S, draw
+from vertebra.bench.roofline import LAUNCH_S, Roofline, draw
 from vertebra.bench.schedules import Rates
 from vertebra.bench.tracing import trace
-from vertebra.kernels import backend
+from vertebra.kernels import Traffic, backend
 from vertebra.kernels._op import Op
 from vertebra.models import ResNet
 from vertebra.models.resnet import ResNetConfig
@@ -311,6 +312,52 @@ def test_tables_plot_and_json(tmp_path: Path) -> None:
     assert data["measured"]["seconds"]["layer1.0"] == 1e-3
 
 
+class Fused(torch.nn.Conv2d):
+    op = Op(
+        "fused_conv",
+        check=lambda *_: None,
+        eager=lambda x, weight: torch.nn.functional.conv2d(x, weight, padding=1),
+        triton=lambda *_: None,
+        refuses=lambda *_: "there is no kernel",
+        traffic=lambda *_: Traffic(100, 1000),
+    )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(x, self.weight)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_op_that_convolves_computes_what_it_replaces_and_moves_what_it_says(
+    training: bool,
+) -> None:
+    model = tiny_resnet()
+    block: Any = model.get_submodule("layer1.0")
+    block.conv2 = Fused(8, 8, 3, padding=1, bias=False)
+    found = draw(model, RATES, training=training, batch=2, image_size=32)
+    kernels = [k for k in found.parts("ops")["layer1.0"] if k.name.startswith("fused_conv")]
+    forward = 2 * 2 * 8 * 8 * 8 * 8 * 9
+    wanted = [("fused_conv", 100, forward), ("fused_conv backward", 1000, 2 * forward)]
+    assert [(k.name, k.bytes, k.flops) for k in kernels] == wanted[: 1 + training]
+    assert found.schedules["ops"].flops == found.schedules["conv"].flops
+
+
+@pytest.mark.parametrize("name", H200)
+def test_goals_are_shares_of_the_floors(name: str) -> None:
+    def rate(way: Any, training: bool) -> float:
+        options: Any = {"training": training, "batch": 256, "itemsize": 2, "rates": RATES}
+        return 256 / construct(anatomy_of(name), way, **options).floor(RATES)
+
+    inference, training = H200[name]
+    shares = {
+        inference.rate: 0.8 * rate("conv", training=False),
+        inference.stretch: 0.8 * rate("block", training=False),
+        training.rate: 0.65 * rate("conv", training=True),
+        training.stretch: 0.8 * rate("conv", training=True),
+    }
+    for goal, share in shares.items():
+        assert goal == pytest.approx(share, rel=0.03)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_single_image_pays_for_weights_and_launches(name: str) -> None:
     for row in MODELS[name]["schedules"]:
@@ -327,8 +374,7 @@ def test_a_single_image_pays_for_weights_and_launches(name: str) -> None:
 
 
 def command(*arguments: str) -> Result:
-    found = CliRunner().invoke(app, ["bench", *arguments, "--floor"], env={"COLUMNS": "160"})
-    return found
+    return CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "160"})
 
 
 @pytest.mark.parametrize(("kind", "ways"), [("models", 4), ("train", 5)])
@@ -337,7 +383,7 @@ def test_the_command_needs_no_machine_to_speak_of_another(
 ) -> None:
     data = tmp_path / "floors.json"
     size = ("--image-size", "64", "--batch", "2,4")
-    found = command(kind, "resnet18", *size, "--machine", "h200", "--json", str(data))
+    found = command(kind, "resnet18", "--floor", *size, "--machine", "h200", "--json", str(data))
     assert found.exit_code == 0, found.output
     assert "4,300 GB/s" in found.output
     content = json.loads(data.read_text())["rooflines"]
@@ -352,9 +398,46 @@ def test_the_command_needs_no_machine_to_speak_of_another(
         (("resnet18", "--machine", "abacus"), "machines are h200"),
         (("resnet18", "--machine", "h200", "--dtype", "fp32"), "the rates of h200 are for bf16"),
         (("resnet18", "--bandwidth", "-1"), "rates must be positive"),
+        (("resnet18", "--csv", "floors.csv"), "--csv does not go with --floor"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_a_line(arguments: tuple[str, ...], says: str) -> None:
-    found = command("models", *arguments)
+    found = command("models", *arguments, "--floor")
     assert found.exit_code == 2
     assert says in found.output
+
+
+def test_what_is_about_floors_needs_them() -> None:
+    found = command("models", "resnet18", "--machine", "h200")
+    assert found.exit_code == 2
+    assert "--machine needs --floor" in found.output
+
+
+def test_the_command_times_what_runs_here_and_draws_it(tmp_path: Path) -> None:
+    data, plot = tmp_path / "floors.json", tmp_path / "plots" / "floors.png"
+    written = ("--json", str(data), "--plot", str(plot))
+    found = command("train", "convnext_atto", "--floor", "--tiny", "--rounds", "1", *written)
+    assert found.exit_code == 0, found.output
+    assert "x eager" in found.output
+    measured = json.loads(data.read_text())["rooflines"][0]["measured"]
+    parts = [part.name for part in anatomy_of("convnext_atto").parts]
+    assert list(measured["seconds"]) == parts
+    assert plot.stat().st_size > 10_000
+
+
+def test_ctrl_c_leaves_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(roofline: Roofline, console: Console) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(floors, "show_parts", interrupted)
+    data = tmp_path / "floors.json"
+    options = ("--image-size", "64", "--machine", "h200", "--json", str(data))
+    found = command("models", "resnet18", "resnet34", "--floor", *options)
+    assert found.exit_code == 130
+    assert [r["model"] for r in json.loads(data.read_text())["rooflines"]] == ["resnet18"]
+
+
+def test_nothing_is_begun_when_time_is_over() -> None:
+    found = command("models", "resnet18", "--floor", "--machine", "h200", "--minutes", "0")
+    assert found.exit_code == 0
+    assert "no time left for resnet18" in found.output

@@ -179,6 +179,10 @@ def kernels(
     _measure("kernels", context.params, PROVIDERS, tasks)
 
 
+_AT_FLOORS = ("machine", "bandwidth", "tensor_rate", "fma_rate", "kernels")
+_ELSEWHERE = ("layout", "providers", "patience", "csv", "resume")
+
+
 def _models(
     context: typer.Context,
     names: Annotated[
@@ -213,6 +217,10 @@ def _models(
     from .workload import VARIANTS
 
     kind = str(context.info_name)
+    for name in _ELSEWHERE if floor else _AT_FLOORS:
+        if context.params[name]:
+            rule = "does not go with --floor" if floor else "needs --floor"
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {rule}")
     if floor:
         return _floors(kind, context.params)
     mode = "forward" if kind == "models" else "sgd"

@@ -24,9 +24,11 @@ def plot(roofline: Roofline, path: Path) -> None:
     width, height = max(8.0, 0.3 * len(parts) + 2), 1.7 * len(ways) + 1.6
     figure: Any = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(len(ways), 1, sharex=True, sharey=True)
+    floor = roofline.schedules["eager"].floor(roofline.rates) / roofline.batch
+    unit, per_second = ("ms", 1e3) if floor > 1e-3 else ("us", 1e6)
     for axis, way in zip(axes, ways, strict=True):
-        _floors(axis, roofline, way, parts)
-        axis.set_ylabel("us / image")
+        _floors(axis, roofline, way, parts, unit, per_second / roofline.batch)
+        axis.set_ylabel(f"{unit} / image")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.01)
     axes[0].set_ylim(0, 1.08 * max(axis.get_ylim()[1] for axis in axes) / 1.05)
@@ -45,8 +47,9 @@ def plot(roofline: Roofline, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _floors(axis: Any, roofline: Roofline, way: Way, parts: list[str]) -> None:
-    per_image = 1e6 / roofline.batch
+def _floors(
+    axis: Any, roofline: Roofline, way: Way, parts: list[str], unit: str, per_image: float
+) -> None:
     kernels = roofline.parts(way)
     waits = [roofline.waits(kernels.get(part, [])) for part in parts]
     bottom = [0.0] * len(parts)
@@ -57,10 +60,9 @@ def _floors(axis: Any, roofline: Roofline, way: Way, parts: list[str]) -> None:
             axis.bar(parts, heights, 0.8, bottom, color=colour, label=label)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     total = roofline.schedules[way].floor(roofline.rates)
-    title = f"{WAYS[way]}: {total * per_image:,.4g} us, {roofline.batch / total:,.0f} images/s"
+    title = f"{WAYS[way]}: {total * per_image:,.1f} {unit}, {roofline.batch / total:,.0f} images/s"
     if roofline.measured is not None and roofline.measured.way == way:
-        times = [roofline.measured.seconds.get(part, 0.0) for part in parts]
-        heights = [per_image * seconds for seconds in times]
+        heights = [per_image * roofline.measured.seconds.get(part, 0.0) for part in parts]
         axis.bar(parts, heights, 0.8, fill=False, edgecolor="black", label="measured")
-        title += f"; measured {per_image * sum(times):,.4g} us"
+        title += f"; measured {sum(heights):,.1f} {unit}"
     axis.set_title(title, loc="left", fontsize=10)

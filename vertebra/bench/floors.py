@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ def run(
 
     Args:
         names: models of this library.
-        settings: device, dtype, batches, image size, rounds.
+        settings: device, dtype, batches, image size, rounds, minutes.
         training: forward and backward instead of inference.
         machine: one of `PRESETS`, whose rates to use; None for those measured here.
         rates: by the fields of `Rates`; what is not None goes before the machine's.
@@ -55,10 +56,14 @@ def run(
     """
     here = machine is None and not any(rates.values())
     found: list[Roofline] = []
+    deadline = time.monotonic() + 60 * settings.minutes
     try:
         chosen = _rates(settings, machine, rates, say)
         for name in names:
             for batch in settings.batches:
+                if time.monotonic() >= deadline:
+                    say(f"no time left for {name}, batch {batch}")
+                    continue
                 say(f"{name}, batch {batch}")
                 roofline = draw(
                     name,

@@ -29,7 +29,7 @@ H200 = {
     "convnext_tiny": Goals(Goal(44e3, 54e3), Goal(11.5e3, 14.1e3)),
     "convnext_base": Goals(Goal(16e3, 17e3), Goal(4.3e3, 5.3e3)),
 }
-"""On an H200, in bf16, 224 pixels, 256 images or more per call; `bench roofline` says of what."""
+"""On an H200, in bf16, 224 pixels, 256 images or more per call: shares of what `--floor` shows."""
 
 COPY_SHARE = 0.9
 """Of the bandwidth of a copy, for an op that waits for memory."""
