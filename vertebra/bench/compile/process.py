@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +168,12 @@ def variables(cache: Path) -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
 
 
-@dataclass(frozen=True)
 class Caches:
-    """What the last cold starts have compiled, kept for as long as the run lasts."""
+    """What the last cold starts have compiled, kept for as long as this object is."""
 
-    folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vertebra-compile-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def empty(self, subject: Subject, provider: str, direction: Direction, mode: str) -> Path:
         """Return an empty folder in place of what was compiled for the same provider before."""
@@ -198,7 +200,7 @@ class Caches:
             yield Path(folder)
 
     def _path(self, *names: Any) -> Path:
-        return Path(self.folder.name) / "-".join(names).replace(" ", "-")
+        return self.folder / "-".join(names).replace(" ", "-")
 
 
 def new_row(provider: str, plan: Plan) -> Row:
