@@ -3,6 +3,9 @@
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -44,6 +47,40 @@ def _one_thread_per_worker() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _light_interpreter() -> None:
+    """Leave out what the Triton interpreter does over and over to no effect: most of its time.
+
+    * At each call of a jitted function inside of a launch it puts its language in place again,
+      looking through the whole of it for what is left to replace, which is nothing.
+    * It computes whether integers overflow for an assertion that only its debug mode makes.
+    * It builds a table of all types to look one up.
+    """
+    from vertebra.kernels._op import INTERPRETED
+
+    if not INTERPRETED or find_spec("triton") is None:
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    put_in_place, in_place = interpreter._patch_lang, interpreter._LangPatchScope()
+    namespaces = language, language.core  # kernels know it by the first, Triton's own by the other
+
+    def once_a_launch(function):
+        missing = any(language.core.is_builtin(space.load) for space in namespaces)
+        return put_in_place(function) if missing else in_place
+
+    interpreter._patch_lang = once_a_launch
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+
+    numpy_type = cache(interpreter._get_np_dtype)
+    address = numpy_type(language.uint64)
+    interpreter._get_np_dtype = lambda type: (
+        address if type.scalar.is_ptr() else numpy_type(type.scalar)
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -55,6 +92,15 @@ def _nothing_replayed() -> None:
     replay = sys.modules.get("vertebra.kernels._triton._replay")
     if replay is not None:
         replay.forget()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    """Let no test meet what others compiled: the same code Dynamo compiles a few times only."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
 
 
 @pytest.fixture

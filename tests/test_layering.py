@@ -21,6 +21,7 @@ MAY = {
     "interop": {"interop", "models", "nn", "kernels"},
     "testing": {"testing", "kernels"},
     "bench": {"bench", "testing", "models", "nn", "kernels", "interop", "_explain"},
+    "_cli": {"_cli", "bench", "testing", "models", "nn", "kernels", "interop", "_explain"},
     "_explain": {"_explain", "interop", "kernels"},
 }
 

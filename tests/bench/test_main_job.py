@@ -8,16 +8,22 @@ import torch
 from torch import nn
 
 import vertebra
-from vertebra.bench import workload
-from vertebra.bench.main_job import Settings
+from vertebra.bench import ceilings, main_job, workload
+from vertebra.bench.ceilings import Ceilings
 from vertebra.bench.results import Report
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 testing = pytest.importorskip("typer.testing")
 
-EAGER = "eager-nchw,eager-nhwc,timm,vertebra-nchw,vertebra-nhwc"
+EAGER = "eager-nchw,eager-nhwc,timm,transformers,accelerated,vertebra-nchw,vertebra-nhwc"
 TINY = ["--model", "resnet18", "--image-size", "64", "--batch", "2", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Ceilings(1e11, {"fp32": 1e11, "bf16": 1e12}, 1e11)
+    monkeypatch.setattr(ceilings, "measure", lambda *_, **__: known)
 
 
 def command(*arguments: str) -> Any:
@@ -36,7 +42,7 @@ def test_help_names_every_option() -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.thorough)])
 def test_a_tiny_run_checks_measures_and_writes(tmp_path, dtype) -> None:
-    options = ["--device", "cpu", "--dtype", dtype, "--providers", EAGER, "--out", str(tmp_path)]
+    options = ["--device", "cpu", "--dtype", dtype, "--quick", "--out", str(tmp_path)]
     done = command("bench", *TINY, *options)
     assert done.exit_code == 0, done.output
     report = Report.load(tmp_path / "main.json")
@@ -48,7 +54,9 @@ def test_a_tiny_run_checks_measures_and_writes(tmp_path, dtype) -> None:
         assert all(row.provider in done.output for row in comparison.rows)
     assert all(row.errors["gradients"] > 0 for row in report.comparisons[1].rows)
     assert report.environment["torch"] == torch.__version__
+    assert report.ceilings is not None
     assert "No GPU" in done.output
+    assert "a copy moves" in done.output
     assert (tmp_path / "main.png").stat().st_size > 1000
 
 
@@ -62,10 +70,10 @@ def test_a_wrong_model_is_refused_not_timed_and_fails_the_run(tmp_path, monkeypa
 
     monkeypatch.setattr(workload, "create_model", almost)
     done = command(
-        *("bench", *TINY, "--device", "cpu", "--out", str(tmp_path)),
+        *("bench", *TINY, "--device", "cpu", "--seed", "1", "--out", str(tmp_path)),
         *("--providers", "eager-nchw,vertebra-nhwc"),
     )
-    assert done.exit_code == 1
+    assert done.exit_code == 1, done.output
     assert "WRONG" in done.output
     for comparison in json.loads((tmp_path / "main.json").read_text())["comparisons"]:
         peer, ours = comparison["rows"]
@@ -81,17 +89,21 @@ def test_a_wrong_model_is_refused_not_timed_and_fails_the_run(tmp_path, monkeypa
         (["--providers", "eager-nchw,tensorflow"], "tensorflow"),
         (["--batch", "0"], "at least 1"),
         (["--device", "tpu"], "tpu"),
+        (["--model", "resnet5"], "did you mean resnet50"),
     ],
 )
 def test_bad_options_are_usage_errors(options, message) -> None:
     done = command("bench", *options)
     assert done.exit_code == 2
-    assert message in done.output
+    assert message in " ".join(done.output.replace("│", " ").split())
 
 
 def test_quick_compiles_nothing() -> None:
-    settings = Settings.choose(quick=True, device="cpu")
-    assert {workload.VARIANTS[name].compile for name in settings.providers} == {None}
+    settings = main_job.choose(quick=True, device="cpu")
+    chosen = [v for v in workload.VARIANTS.values() if v.suits(settings, "forward")]
+    assert chosen
+    assert {variant.compile for variant in chosen} == {None}
+    assert (settings.rounds, settings.image_size) == (3, 128)
 
 
 def test_list_and_env() -> None:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from vertebra.bench.ceilings import Ceilings
 from vertebra.bench.results import Comparison, Report, Row, quartiles
 
 
@@ -17,7 +18,9 @@ def report() -> Report:
     wrong = Row("off", False, "WRONG", "logits: error", errors={"logits": math.inf})
     rows = [row("a", [2.0, 8.0, 2.0]), row("b", [4.0, 4.0, 4.0]), wrong]
     comparison = Comparison("resnet18", rows, {"images": 4}, {"mode": "forward"})
-    return Report("main", {"torch": "2.13", "threads": 2}, {"batch": 4}, [comparison], ["a note"])
+    found = Report("main", {"torch": "2.13", "threads": 2}, {"batch": 4}, [comparison], ["a note"])
+    found.ceilings = Ceilings(1e9, {"fp32": 1e12}, 1e12)
+    return found
 
 
 def test_a_report_survives_json(tmp_path) -> None:
@@ -60,10 +63,27 @@ def test_without_peers_there_is_no_speedup() -> None:
     assert comparison.best(peer=True) is None
 
 
-def test_a_wrong_row_fails_the_report_and_an_absent_one_does_not() -> None:
+def test_a_wrong_row_of_ours_fails_the_report_and_no_peers_does() -> None:
     assert report().failed
-    absent = Row("timm", True, "absent", "timm is not installed")
-    assert not Report("main", {}, {}, [Comparison("c", [absent])]).failed
+    peers = [Row("timm", True, "absent", "timm is not installed"), Row("max", True, "WRONG")]
+    assert not Report("main", {}, {}, [Comparison("c", peers)]).failed
+    assert Report("main", {}, {}, failures=["resnet18: no sklearn"]).failed
+
+
+def test_a_floor_is_the_work_at_the_ceilings_or_what_somebody_knows_better() -> None:
+    comparison = Comparison("c", [], {"bytes": 4e6}, {"dtype": "fp32"})
+    assert comparison.floor_ms(report().ceilings) == 4.0
+    assert comparison.floor_ms(None) is None
+    comparison.facts["floor_ms"] = 5.0
+    assert comparison.floor_ms(report().ceilings) == comparison.floor_ms(None) == 5.0
+    assert Comparison("c", [], {"images": 4}, {"dtype": "fp32"}).floor_ms(report().ceilings) is None
+
+
+def test_only_a_comparison_that_was_finished_and_lacks_nobody_is_complete() -> None:
+    rows = [row("a", [1.0]), Row("b", True, "slow")]
+    assert not Comparison("c", rows).complete
+    assert Comparison("c", rows, finished=True).complete
+    assert not Comparison("c", [*rows, Row("c", True, "late")], finished=True).complete
 
 
 def test_quartiles_of_one_sample_are_the_sample() -> None:

@@ -11,13 +11,15 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import vertebra
 from vertebra.interop._swap import Swapped
@@ -275,22 +277,27 @@ def test_loads_where_vertebra_cannot_be_imported(tmp_path):
     assert out == f"{len(numbers)} []\n", errors
 
 
-@pytest.fixture(scope="module")
-def alone():
+@contextmanager
+def group(store: torch.distributed.Store, rank: int, size: int) -> Generator[None]:
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
     """A process group of one."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
+    with group(torch.distributed.HashStore(), 0, 1):
+        yield
 
 
 @pytest.mark.usefixtures("alone")
 def test_in_ddp(plain):
     """Wrapped and then accelerated; accelerated and then wrapped."""
-    ddp = nn.parallel.DistributedDataParallel
-    model = ddp(vertebra.accelerate(copy.deepcopy(plain)))
-    wrapped = vertebra.accelerate(ddp(copy.deepcopy(plain)))
+    model = DistributedDataParallel(vertebra.accelerate(copy.deepcopy(plain)))
+    wrapped = vertebra.accelerate(DistributedDataParallel(copy.deepcopy(plain)))
     assert swapped(model) == swapped(wrapped) > 0
     x = images()
     expected = step(plain.train(), x)
@@ -298,40 +305,39 @@ def test_in_ddp(plain):
         torch.testing.assert_close(step(net.train(), x), expected)
 
 
-_RANK = """
-import copy, sys
+_SECOND = """
+import sys
 import tests.conftest
 import torch
-from torch.nn.parallel import DistributedDataParallel
-import vertebra
-from tests.interop.test_everywhere import build, images, randomize, step
-
-rank = int(sys.argv[1])
-store = torch.distributed.FileStore("store", 2)
-torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-found = {}
-for member in sys.argv[2:]:
-    torch.manual_seed(0)  # one model, and each rank its own images
-    plain = randomize(build(member)).double()
-    model = vertebra.accelerate(copy.deepcopy(plain))
-    torch.manual_seed(1 + rank)
-    x = images()
-    expected = step(DistributedDataParallel(plain), x)
-    found[member] = step(DistributedDataParallel(model), x)
-    torch.testing.assert_close(found[member], expected, msg=member)
-torch.save(found, f"{rank}.pt")
-torch.distributed.destroy_process_group()
+from tests.interop.test_everywhere import steps_of_rank
+torch.save(steps_of_rank(1, "store", sys.argv[1:]), "second.pt")
 """
+
+
+def steps_of_rank(rank: int, store: str, members: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Take a step of each member as one of two processes; return what the accelerated did."""
+    found: dict[str, list[Tensor]] = {}
+    with group(torch.distributed.FileStore(store, 2), rank, 2):
+        for member in members:
+            torch.manual_seed(0)  # one model, and each rank its own images
+            plain = randomize(build(member)).double()
+            model = vertebra.accelerate(copy.deepcopy(plain))
+            torch.manual_seed(1 + rank)
+            x = images()
+            expected = step(DistributedDataParallel(plain), x)
+            found[member] = step(DistributedDataParallel(model), x)
+            torch.testing.assert_close(found[member], expected, msg=member)
+    return found
 
 
 @pytest.mark.usefixtures("torchvision", "timm", "transformers")
 def test_in_ddp_of_two_processes(tmp_path):
     members = ("torchvision: Bottleneck", "timm: convnextv2", "transformers: RegNet y")
-    processes = [run(_RANK, tmp_path, str(rank), *members) for rank in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    process = run(_SECOND, tmp_path, *members)
+    first = steps_of_rank(0, str(tmp_path / "store"), members)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    second = torch.load(tmp_path / "second.pt", weights_only=True)
     for member in members:
         assert not torch.equal(first[member][0], second[member][0])  # of other images
         torch.testing.assert_close(first[member][1], second[member][1])  # averaged

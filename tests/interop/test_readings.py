@@ -1,7 +1,6 @@
 """Other versions of the libraries, and the table of what is recognised."""
 
 import importlib
-import json
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -66,13 +65,3 @@ def test_what_a_function_says_is_not_what_it_does() -> None:
     assert readings.reading_of(one) == readings.reading_of(other)
     assert readings.reading_of(one) != readings.reading_of(other.replace("1.0", "1"))
     assert readings.reading_of(one) != readings.reading_of(other.replace("x", "input"))
-
-
-def test_the_page_has_the_table(timm, torchvision, transformers) -> None:
-    from vertebra.bench import drop_in
-
-    found = json.loads((ROOT / "docs/drop-in.json").read_text())
-    page = (ROOT / "docs/drop-in.md").read_text()
-    lines = [drop_in.cells(row, found) for row in drop_in.table()]
-    assert drop_in.with_table(page, lines) == page  # else: python -m vertebra drop-in --page ...
-    assert all(versions for *_, versions in lines)

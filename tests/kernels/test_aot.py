@@ -1,11 +1,8 @@
 """The compile gate sees: what it must refuse is planted here, and refused."""
 
-import functools
 import importlib
 import pkgutil
-import subprocess
 import sys
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -27,33 +24,11 @@ pytestmark = pytest.mark.aot
 PLANTED = Case("planted", (1, 1, 64, 64))
 
 
-def fresh(*command: str, interpret: str) -> subprocess.CompletedProcess[str]:
-    path = [str(Path(__file__).parent), *sys.path]
-    return subprocess.run(
-        [sys.executable, *command],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(path), "TRITON_INTERPRET": interpret},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def compiling(test):
-    """Run a test in a fresh process where kernels are compiled, not interpreted."""
-
-    @functools.wraps(test)
-    def elsewhere() -> None:
-        code = f"import {Path(__file__).stem} as t; t.{test.__name__}.__wrapped__()"
-        done = fresh("-c", code, interpret="0")
-        assert done.returncode == 0, done.stderr
-
-    return elsewhere
-
-
 def build(kernel, target: str, *, num_warps: int = 4, **arguments) -> tuple[aot.Build, _aot.Binary]:
     launch = Launch(kernel, (1,), {**arguments, "num_warps": num_warps})
-    binary = _aot.measure(launch, _aot.TARGETS[target])
-    return aot.Build("", target, [(launch, PLANTED)]), binary
+    built = aot.Build("", target, [(launch, PLANTED)])
+    (binary,) = aot.make([built])
+    return built, binary
 
 
 def maps(count: int, *shape: int, dtype: torch.dtype = torch.float16) -> list[Tensor]:
@@ -86,7 +61,7 @@ def _multiply(c_ptr, a_ptr, b_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     tl.store(c_ptr + i, product.to(c_ptr.dtype.element_ty))
 
 
-@compiling
+@pytest.mark.jitted
 def test_narrow_accesses_are_refused() -> None:
     y, x = maps(2, 1, 1, 64, 64)
     for target in ("sm_90", "gfx942"):
@@ -103,7 +78,7 @@ def test_narrow_accesses_are_refused() -> None:
         assert odd[1].loads == {"x_ptr": 16}
 
 
-@compiling
+@pytest.mark.jitted
 def test_spills_are_refused() -> None:
     y, x = maps(2, 1, 1, 128, 128)
     for target in ("sm_80", "sm_90"):
@@ -113,7 +88,7 @@ def test_spills_are_refused() -> None:
         assert aot.failures(built, binary)[0].startswith("spills: ")
 
 
-@compiling
+@pytest.mark.jitted
 def test_resources_past_their_limit_are_refused() -> None:
     y, x = maps(2, 1, 1, 64, 64)
     built, binary = build(_copy, "sm_90", y_ptr=y, x_ptr=x, n=4096, BLOCK=2048)
@@ -127,7 +102,7 @@ def test_resources_past_their_limit_are_refused() -> None:
         ]
 
 
-@compiling
+@pytest.mark.jitted
 def test_ptxas_is_told_of_a_limit() -> None:
     y, x = maps(2, 1, 1, 64, 64)
     launch = Launch(_copy, (1,), {"y_ptr": y, "x_ptr": x, "n": 4096, "BLOCK": 2048})
@@ -138,7 +113,7 @@ def test_ptxas_is_told_of_a_limit() -> None:
     assert _aot.specialise(launch, _aot.TARGETS["sm_90"])[1].maxnreg is None
 
 
-@compiling
+@pytest.mark.jitted
 def test_dots_must_be_on_tensor_cores() -> None:
     for target in _aot.TARGETS:
         c, a, b = maps(3, 64, 64)
@@ -168,7 +143,7 @@ def _real(value):
     return storage.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-@compiling
+@pytest.mark.jitted
 def test_a_launch_is_specialised_as_by_the_jit() -> None:
     from triton.runtime.driver import driver
 
@@ -199,7 +174,7 @@ def test_a_launch_is_specialised_as_by_the_jit() -> None:
                     kernel.device_caches.clear()
 
 
-@compiling
+@pytest.mark.jitted
 def test_every_kernel_is_compiled() -> None:
     modules = [
         importlib.import_module(f"{_triton.__name__}.{module.name}")
@@ -215,7 +190,7 @@ def test_every_kernel_is_compiled() -> None:
     assert kernels == {build.launch.kernel.__name__ for build in compiled}
 
 
-@compiling
+@pytest.mark.jitted
 def test_a_sample_has_every_kind_of_binary() -> None:
     def kinds(some):
         return {(b.target, *b.row[:2]) for b in some}
@@ -233,10 +208,11 @@ def test_a_sample_has_every_kind_of_binary() -> None:
     assert len(kinds(sampled)) == len(sampled) < len(types(typed)) == len(typed) < len(whole)
 
 
-@compiling
+@pytest.mark.jitted
 def test_the_command_judges_and_a_second_run_compiles_nothing() -> None:
     with TemporaryDirectory() as cache:
         command = ["--targets", "sm_90", "--filter", "_apply_kernel _none", "--cache", cache]
+        command += ["--jobs", "1"]  # each is a process that has to import
         some = cases("aot", "scale_bias_act")
         with patch.object(aot, "declared", lambda: some):
             assert aot.main(command) == 0
@@ -246,7 +222,9 @@ def test_the_command_judges_and_a_second_run_compiles_nothing() -> None:
                     assert aot.main(command) == 1
 
 
-def test_the_command_refuses_the_interpreter() -> None:
-    done = fresh("-m", "vertebra.testing.aot", interpret="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET is set" in done.stderr
+def test_the_command_refuses_the_interpreter(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(aot, "INTERPRETED", True)
+    with pytest.raises(SystemExit) as stopped:
+        aot.main([])
+    assert stopped.value.code == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err

@@ -59,8 +59,25 @@ def test_registered_ops(case: Case, device: torch.device) -> None:
         torch.library.opcheck(op, [a.detach() if isinstance(a, torch.Tensor) else a for a in args])
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@parametrize("compile")
+def compilations() -> list[Any]:
+    """Every case to compile, for its shape alone and for any.
+
+    Thorough is the first of a case that is not in NCHW: it has a twin there, and the second.
+    """
+    both = [(case, dynamic) for case in cases("compile") for dynamic in (False, True)]
+    return [
+        pytest.param(
+            *(case, dynamic),
+            id=f"{case.id}-{'dynamic' if dynamic else 'static'}",
+            marks=pytest.mark.thorough
+            if "thorough" in case.tags or not (dynamic or case.layout == "nchw")
+            else (),
+        )
+        for case, dynamic in both
+    ]
+
+
+@pytest.mark.parametrize(("case", "dynamic"), compilations())
 def test_compiled(case: Case, dynamic: bool, device: torch.device) -> None:
     """One graph, the same bits as without compilation, and no second graph for a second size."""
     torch._dynamo.reset()

@@ -4,17 +4,18 @@ Without a GPU: Triton's JIT binds, specialises and looks up for real, for a GPU 
 binaries are stood in for by objects that note how they are launched.
 """
 
+import contextlib
 import functools
 import importlib
 import itertools
 import pkgutil
-import subprocess
 import sys
 import threading
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -27,34 +28,16 @@ from triton.compiler import CompiledKernel, LazyDict
 from triton.runtime.driver import driver
 
 from vertebra.kernels import _op, _triton
-from vertebra.kernels._triton import _replay, _signature
+from vertebra.kernels._triton import _plan, _replay, _signature
 from vertebra.kernels._triton._launch import captured, launch
-from vertebra.kernels._triton._replay import Plan, Replay
+from vertebra.kernels._triton._plan import Plan
+from vertebra.kernels._triton._replay import Replay
 from vertebra.kernels._triton._stand_in import stand_in
 from vertebra.testing.cases import Case, cases
 from vertebra.testing.contract import leaves_of
 
 LAUNCHED: list[tuple[Any, ...]] = []
 """What binaries were entered with, themselves first."""
-
-
-def jitted(test):
-    """Run a test in a fresh process, where kernels go through Triton's JIT."""
-
-    @functools.wraps(test)
-    def elsewhere() -> None:
-        path = [str(Path(__file__).parent), *sys.path]
-        code = f"import {Path(__file__).stem} as t; t.prepare(); t.{test.__name__}.__wrapped__()"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(path), "TRITON_INTERPRET": "0"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-
-    return elsewhere
 
 
 class Binary(CompiledKernel):
@@ -144,7 +127,7 @@ def spied(case: Case, inputs, seen: list) -> None:
             y.backward(inputs["dy"])
 
 
-@jitted
+@pytest.mark.jitted
 def test_declared_cases_are_replayed_as_they_are_launched() -> None:
     for case in [*cases("compile"), *cases("test")[::11]]:  # all of them are many minutes
         inputs = case.inputs("cpu")
@@ -161,7 +144,7 @@ def test_declared_cases_are_replayed_as_they_are_launched() -> None:
         assert [type(plan) for plan in _plans()] == [Plan, Plan], case
 
 
-@jitted
+@pytest.mark.jitted
 def test_without_gradients_the_whole_op_is_replayed() -> None:
     for case in cases("compile")[::2]:
         inputs = case.inputs("cpu")
@@ -207,7 +190,7 @@ def agree(replay: Replay, *args: Any, times: int = 3) -> None:
         assert_same(ordinary, (args, *launches(replay, *args)))
 
 
-@jitted
+@pytest.mark.jitted
 def test_whatever_a_binary_depends_on_is_told_apart() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     memory = torch.zeros(4096)
@@ -233,7 +216,7 @@ def test_whatever_a_binary_depends_on_is_told_apart() -> None:
     assert len(replay.plans) == len(variants)
 
 
-@jitted
+@pytest.mark.jitted
 def test_floats_are_handed_on_not_kept() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
@@ -244,7 +227,27 @@ def test_floats_are_handed_on_not_kept() -> None:
     agree(replay, x, None, 0.3, "none")
 
 
-@jitted
+@triton.jit
+def _odd_kernel(y_ptr, some, more, n, WHAT: tl.constexpr, HOW: tl.constexpr, KIND: tl.constexpr):
+    tl.store(y_ptr, 0)
+
+
+@pytest.mark.jitted
+def test_every_kind_of_argument_is_handed_on() -> None:
+    def odd(x: Tensor, first: float, last: float, name: str) -> Tensor:
+        y, scratch = torch.empty_like(x), x.new_empty(2, 5)
+        arguments = {"some": (last, (None, first), -7, y), "more": (scratch[1], (), 2**40, first)}
+        kinds = {"WHAT": float("inf"), "HOW": (True, "a 'name'", tl.float16), "KIND": _scale_kernel}
+        launch(_odd_kernel, (3,), x.device, y_ptr=y, n=x.numel(), **arguments, **kinds)
+        return y
+
+    replay = Replay(odd, _op.is_plain, _op._watching)
+    for first, last in itertools.permutations((0.5, 0.25, -0.0, float("inf")), 2):
+        agree(replay, torch.zeros(64), first, last, "none", times=1)
+    assert [type(plan) for plan in replay.plans] == [Plan]
+
+
+@pytest.mark.jitted
 def test_floats_that_decide_belong_to_the_signature() -> None:
     def inverse(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x, bias, 1 / factor, name)
@@ -261,7 +264,7 @@ def test_floats_that_decide_belong_to_the_signature() -> None:
         assert [type(plan) for plan in replay.plans] == [Plan, Plan]
 
 
-@jitted
+@pytest.mark.jitted
 def test_what_computes_besides_is_not_replayed() -> None:
     def doubled(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x * 2, bias, factor, name)
@@ -274,7 +277,7 @@ def test_what_computes_besides_is_not_replayed() -> None:
     assert not any(isinstance(plan, Plan) for plan in replay.plans)
 
 
-@jitted
+@pytest.mark.jitted
 def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     x, other = torch.zeros(64), torch.zeros(64)
@@ -284,7 +287,7 @@ def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
     agree(replay, x, other, 1.0, "none")
 
 
-@jitted
+@pytest.mark.jitted
 def test_views_of_arguments_move_with_them() -> None:
     def second_half(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x[32:], bias, factor, name)
@@ -297,7 +300,20 @@ def test_views_of_arguments_move_with_them() -> None:
     assert [type(plan) for plan in replay.plans] == [Plan]
 
 
-@jitted
+@pytest.mark.jitted
+def test_scratch_holds_what_lies_in_it() -> None:
+    made: list[Tensor] = []
+    allocate = _plan._ALLOCATE["cpu"]
+    with patch.dict(_plan._ALLOCATE, cpu=lambda *given: made.append(allocate(*given)) or made[-1]):
+        replay, x = Replay(scale, _op.is_plain, _op._watching), torch.zeros(64)
+        agree(replay, x, None, 1.0, "none")
+    ((*_, pieces, _, _, _),) = launches(replay, x, None, 1.0, "none")[1]
+    begin, end = made[-1].data_ptr(), made[-1].data_ptr() + made[-1].nbytes
+    for pointer, size in zip(pieces[:3], (8, 8, 3), strict=True):
+        assert begin <= pointer <= end - 4 * size
+
+
+@pytest.mark.jitted
 def test_signatures_are_bounded_and_forgotten() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     with patch.object(_signature, "MAX_SIGNATURES", 4):
@@ -308,7 +324,7 @@ def test_signatures_are_bounded_and_forgotten() -> None:
     assert not replay.plans
 
 
-@jitted
+@pytest.mark.jitted
 def test_who_watches_launches_sees_them() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
@@ -332,7 +348,7 @@ def test_who_watches_launches_sees_them() -> None:
     assert len(seen) == 1
 
 
-@jitted
+@pytest.mark.jitted
 def test_what_pytorch_does_not_just_run_is_not_replayed() -> None:
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -374,7 +390,7 @@ def test_what_pytorch_does_not_just_run_is_not_replayed() -> None:
     assert [type(plan) for plan in replay.plans] == [Plan] * 4
 
 
-@jitted
+@pytest.mark.jitted
 def test_the_stream_is_the_current_one() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     x = torch.zeros(64)
@@ -384,7 +400,33 @@ def test_the_stream_is_the_current_one() -> None:
     assert launched[3] == 7
 
 
-@jitted
+def test_a_plan_enters_the_device_of_its_tensors(monkeypatch) -> None:
+    device = [0]
+
+    @contextlib.contextmanager
+    def on(index: int):
+        device.append(index)
+        yield
+        device.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device[-1])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(
+        _plan,
+        "driver",
+        SimpleNamespace(
+            active=SimpleNamespace(get_current_stream=lambda index: (index, device[-1]))
+        ),
+    )
+    for index in (0, 1):
+        text = _plan._Text(torch.device("cuda", index), 1)
+        text.lines.append("return stream, p0, args")
+        run, _ = text.compiled()
+        assert run([64], ("none",)) == ((index, index), 64, ("none",))
+        assert device == [0]
+
+
+@pytest.mark.jitted
 def test_the_launcher_is_seen_through() -> None:
     """The function in C gets from a plan what Triton's launcher would hand on to it."""
 
@@ -423,7 +465,14 @@ def test_the_launcher_is_seen_through() -> None:
     assert allocated == [512] * 4
 
 
-@jitted
+@pytest.mark.jitted
+def test_recording_does_not_wait_for_dynamo() -> None:
+    replay = Replay(scale, _op.is_plain, _op._watching)
+    agree(replay, torch.zeros(64), None, 1.0, "none")
+    assert "torch._dynamo.convert_frame" not in sys.modules
+
+
+@pytest.mark.jitted
 def test_outputs_without_elements_are_allocated_once() -> None:
     def with_nothing(x: Tensor, bias: Tensor | None, factor: float, name: str):
         nothing, y, more = x.new_empty(0), scale(x, bias, factor, name), x.new_empty(2, 0)
@@ -437,7 +486,7 @@ def test_outputs_without_elements_are_allocated_once() -> None:
     assert [a is b for a, b in zip(first, second, strict=True)] == [True, False, True]
 
 
-@jitted
+@pytest.mark.jitted
 def test_threads_do_not_share_a_call() -> None:
     replay = Replay(scale, _op.is_plain, _op._watching)
     wrong: list[int] = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vertebra.bench import parity
+from vertebra.bench import parity, peers
 from vertebra.models import create_model, export_weights, load_weights
 from vertebra.models._layouts import LAYOUTS, recognise
 
@@ -23,7 +23,7 @@ def same(a, b) -> bool:
 @pytest.mark.parity
 def test_round_trip(name: str, randomize) -> None:
     """transformers, here, torchvision, here, timm, here: strictly, and to the bit."""
-    start = randomize(parity.transformers_model(name))
+    start = randomize(peers.transformers_model(name))
     ours = create_model(name, weights=start.state_dict()).state_dict()
     for library, known_as in (("torchvision", name), ("timm", TIMM.get(name, name))):
         model = create_model(name, weights=ours)
@@ -49,7 +49,7 @@ def test_every_layout_is_recognised(family: str, randomize) -> None:
 @pytest.mark.parity
 def test_transformers_without_a_classifier(name: str, randomize) -> None:
     """Their other models call the backbone nothing, and have no classifier."""
-    whole = randomize(parity.transformers_model(name))
+    whole = randomize(peers.transformers_model(name))
     base = getattr(whole, whole.base_model_prefix)
     models = [create_model(name, num_classes=0, weights=m.state_dict()) for m in (whole, base)]
     assert same(models[0].state_dict(), models[1].state_dict())

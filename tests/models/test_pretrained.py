@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -95,6 +96,20 @@ def test_a_member_is_fetched_with_its_hash(tmp_path, monkeypatch) -> None:
         ("https://download.pytorch.org/models/resnet34-b627a593.pth", str(path), "b627a593", False)
     ]
     assert path.parent.is_dir()
+
+
+@pytest.mark.parametrize(
+    "error", [URLError("no network"), RuntimeError("invalid hash value"), OSError("disk full")]
+)
+def test_a_member_that_cannot_be_fetched_says_where_it_belongs(error, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    said = getattr(error, "reason", str(error))
+    with pytest.raises(OSError, match=rf"ResNet34_Weights.* {said}; put the file into .*hub"):
+        ENUMS["ResNet34_Weights"]["DEFAULT"].download()
 
 
 @pytest.fixture

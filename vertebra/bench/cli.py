@@ -35,6 +35,7 @@ Providers = Annotated[
 ]
 Filter = Annotated[str, typer.Option(help="Only what has this in its name.")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels per side (224).")]
+Seed = Annotated[int, typer.Option(help="Of the random weights.")]
 Sweep = Annotated[
     str | None, typer.Option(help="'batch': 1, 2, 4 (on a GPU 4, 16) ... up to --batch.")
 ]
@@ -48,6 +49,35 @@ Json = Annotated[
 ]
 Csv = Annotated[Path | None, typer.Option(help="Also write a table, for models in timm's columns.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw a chart: .png, .svg, .pdf.")]
+Floor = Annotated[
+    bool,
+    typer.Option(
+        "--floor", help="The least that each part can take, and how, in place of comparing."
+    ),
+]
+_FLOOR = "With --floor"
+Machine = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_FLOOR,
+        help="Whose rates: h200, which also means --dtype bf16 --batch 256 (measured here).",
+    ),
+]
+Bandwidth = Annotated[
+    float | None, typer.Option(rich_help_panel=_FLOOR, help="GB/s, read and written.")
+]
+TensorRate = Annotated[
+    float | None, typer.Option(rich_help_panel=_FLOOR, help="TFLOP/s of matrix products.")
+]
+FmaRate = Annotated[
+    float | None, typer.Option(rich_help_panel=_FLOOR, help="TFLOP/s of other arithmetic.")
+]
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_FLOOR, help="Also list the kernels of parts with this in their name."
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the file of --json.")]
 
 
@@ -91,6 +121,7 @@ def main_job(
         int | None, typer.Option(help="Samples per provider (20; on a CPU 10).")
     ] = None,
     providers: Providers = None,
+    seed: Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Three rounds, nothing compiled.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for JSON and chart.")] = Path("bench/out"),
 ) -> None:
@@ -104,12 +135,13 @@ def main_job(
 
     try:
         settings = job.choose(
-            batch=batch,
+            batches=[] if batch is None else [batch],
             image_size=image_size,
             dtype=dtype,
             device=device,
             rounds=rounds,
             providers=_split(providers),
+            seed=seed,
             quick=quick,
         )
         report = job.run(model, settings, out, console(120))
@@ -121,7 +153,7 @@ def main_job(
 @bench.command()
 def kernels(
     context: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(help="Ops (all).")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="OP", help="(all)")] = None,
     device: Device = None,
     dtype: Dtype = None,
     batch: Batch = None,
@@ -150,12 +182,14 @@ def kernels(
 def _models(
     context: typer.Context,
     names: Annotated[
-        list[str] | None, typer.Argument(help="Any of `vertebra list` (some of each family).")
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Of `vertebra list` (some of each family)."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
     batch: Batch = None,
     image_size: ImageSize = None,
+    seed: Seed = 0,
     layout: Layout = None,
     providers: Providers = None,
     filter: Filter = "",
@@ -168,11 +202,19 @@ def _models(
     csv: Csv = None,
     plot: Plot = None,
     resume: Resume = False,
+    floor: Floor = False,
+    machine: Machine = None,
+    bandwidth: Bandwidth = None,
+    tensor_rate: TensorRate = None,
+    fma_rate: FmaRate = None,
+    kernels: Kernels = None,
 ) -> None:
     from .models import tasks
     from .workload import VARIANTS
 
     kind = str(context.info_name)
+    if floor:
+        return _floors(kind, context.params)
     mode = "forward" if kind == "models" else "sgd"
     _measure(kind, context.params, VARIANTS, partial(tasks, mode=mode))
 
@@ -185,6 +227,28 @@ bench.command(
 )(_models)
 
 
+def _settings(kind: str, options: dict[str, Any], known: Collection[str]) -> Settings:
+    from .settings import Settings
+
+    return Settings.choose(
+        device=options["device"],
+        dtype=options["dtype"],
+        batches=_numbers(options["batch"]),
+        sweep=options["sweep"],
+        own_batches=kind == "kernels",
+        image_size=options.get("image_size"),
+        seed=options.get("seed", 0),
+        rounds=options["rounds"],
+        providers=_split(options["providers"]),
+        layouts=_split(options["layout"]),
+        match=options["filter"],
+        minutes=options["minutes"],
+        first_answer_s=options["patience"],
+        tiny=options["tiny"],
+        known=known,
+    )
+
+
 def _measure(
     kind: str,
     options: dict[str, Any],
@@ -194,26 +258,12 @@ def _measure(
     """Run what the options of a command ask for, show it and write it, and leave."""
     from . import charts, report, tables
     from .session import Session
-    from .settings import Settings
 
     try:
-        settings = Settings.choose(
-            device=options["device"],
-            dtype=options["dtype"],
-            batches=_numbers(options["batch"]),
-            sweep=options["sweep"],
-            own_batches=kind == "kernels",
-            image_size=options.get("image_size"),
-            rounds=options["rounds"],
-            providers=_split(options["providers"]),
-            layouts=_split(options["layout"]),
-            match=options["filter"],
-            minutes=options["minutes"],
-            first_answer_s=options["patience"],
-            tiny=options["tiny"],
-            known=known,
-        )
+        settings = _settings(kind, options, known)
         todo = tasks(options["names"] or [], settings)
+        if not todo:
+            raise ValueError(f"filter: nothing is called so; got {settings.match!r}")
         path = options["json"] or Path(f"bench/out/{kind}.json")
         session = Session.open(kind, settings, path, resume=options["resume"])
     except ValueError as error:
@@ -231,6 +281,44 @@ def _measure(
         written.append(options["plot"])
     console().print(f"written: {', '.join(map(str, written))}", highlight=False)
     leave(found)
+
+
+def _floors(kind: str, options: dict[str, Any]) -> None:
+    """Show rooflines, with the rates of this machine or of another."""
+    from . import floors
+    from .models import chosen
+
+    def given(name: str, unit: float) -> float | None:
+        return None if options[name] is None else options[name] * unit
+
+    rates = {
+        "bytes": given("bandwidth", 1e9),
+        "tensor": given("tensor_rate", 1e12),
+        "fma": given("fma_rate", 1e12),
+    }
+    if options["machine"] is not None:
+        options = {
+            **options,
+            "dtype": options["dtype"] or "bf16",
+            "batch": options["batch"] or (None if options["tiny"] else "256"),
+        }
+    try:
+        settings = _settings(kind, options, ())
+        finished = floors.run(
+            chosen(options["names"] or [], settings),
+            settings,
+            training=kind == "train",
+            machine=options["machine"],
+            rates=rates,
+            console=console(150),
+            say=log().print,
+            kernels_of=options["kernels"],
+            plots=options["plot"],
+            data=options["json"],
+        )
+    except ValueError as error:
+        raise usage_error(error) from None
+    raise typer.Exit(0 if finished else INTERRUPTED)
 
 
 @bench.command("compile")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from ..interop.readings import ABSENT, KNOWN
 from . import peers
 
 HEADINGS = ("classes", "ops in training", "in evaluation", "versions")
-OPENING, CLOSING = "<!-- table: python -m vertebra drop-in -->", "<!-- end of table -->"
 
 Readings = dict[str, dict[str, dict[str, str]]]  # library, version, class
 
@@ -127,7 +126,13 @@ def _seen(library: str) -> defaultdict[tuple[str, bool], set[str]]:
     return found
 
 
-def cells(row: Row, versions: Readings) -> tuple[str, str, str, str]:
+def lines(versions: Path) -> list[tuple[str, str, str, str]]:
+    """Return the table as text, with the versions that the readings in a file are of."""
+    readings = json.loads(versions.read_text())
+    return [_cells(row, readings) for row in table()]
+
+
+def _cells(row: Row, versions: Readings) -> tuple[str, str, str, str]:
     """Return a line of the table: classes, ops in training and in evaluation, versions."""
     names = ", ".join(path.rpartition(".")[2] for path in row.classes)
     training, evaluation = (", ".join(sorted(row.ops[mode])) for mode in (True, False))
@@ -146,24 +151,9 @@ def _versions(row: Row, versions: Readings) -> str:
     return f"{known[0]} to {known[-1]}" if known else ""
 
 
-def show(console: Console, versions: Path, page: Path | None) -> None:
-    """Print the table, and put it between the marks of a page of the documentation."""
-    readings = json.loads(versions.read_text())
-    lines = [cells(row, readings) for row in table()]
+def show(console: Console, versions: Path) -> None:
+    """Print the table."""
     drawn = Table(*HEADINGS)
-    for line in lines:
+    for line in lines(versions):
         drawn.add_row(*line)
     console.print(drawn)
-    if page is not None:
-        page.write_text(with_table(page.read_text(), lines))
-
-
-def with_table(page: str, lines: Iterable[Sequence[str]]) -> str:
-    """Return a page with the table between its marks."""
-    head, opening, rest = page.partition(OPENING)
-    _, closing, tail = rest.partition(CLOSING)
-    if not (opening and closing):
-        raise ValueError(f"the page must have the lines {OPENING} and {CLOSING}")
-    drawn = [HEADINGS, ["---"] * len(HEADINGS), *lines]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in drawn)
-    return f"{head}{opening}\n{text}\n{closing}{tail}"

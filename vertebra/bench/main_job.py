@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,33 +21,16 @@ from .workload import VARIANTS, Mode
 MODES: dict[Mode, float] = {"forward": 0.4, "training": 1.0}  # share of the minutes, by its end
 
 
-def choose(
-    *,
-    batch: int | None,
-    image_size: int | None,
-    dtype: str | None,
-    device: str | None,
-    rounds: int | None,
-    providers: Sequence[str],
-    quick: bool,
-) -> Settings:
-    """Return the settings given, and for the others what suits the machine."""
-    settings = Settings.choose(
-        batches=[] if batch is None else [batch],
-        image_size=image_size,
-        dtype=dtype,
-        device=device,
-        rounds=rounds,
-        providers=providers,
-        known=VARIANTS,
-    )
+def choose(*, quick: bool = False, **options: Any) -> Settings:
+    """Return the settings given, `Settings.choose`'s, and for the others what suits the machine."""
+    settings = Settings.choose(known=VARIANTS, **options)
     gpu = settings.on_gpu
-    changes: dict[str, Any] = {"minutes": 15.0 if gpu else 4.0}
-    if rounds is None:
+    changes: dict[str, Any] = {"minutes": 15.0 if gpu else 4.0, "compiled": not quick}
+    if options.get("rounds") is None:
         changes["rounds"] = 3 if quick else 20 if gpu else 10
-    if quick and image_size is None and not gpu:
+    if options.get("image_size") is None and quick and not gpu:
         changes["image_size"] = 128
-    return replace(settings, **changes, compiled=not quick)
+    return replace(settings, **changes)
 
 
 def run(model: str, settings: Settings, out: Path, console: Console) -> Report:

@@ -48,8 +48,6 @@ def tasks(names: Sequence[str], settings: Settings, mode: Mode) -> list[Task]:
     Raises:
         ValueError: there is no such model.
     """
-    check(names)
-    chosen = [name for name in names or default_models(settings) if settings.match in name]
     providers = settings.providers or [n for n, v in VARIANTS.items() if v.suits(settings, mode)]
     steps = len(providers) + settings.rounds + 2
     return [
@@ -58,9 +56,19 @@ def tasks(names: Sequence[str], settings: Settings, mode: Mode) -> list[Task]:
             partial(compare, name, batch, settings, mode),
             steps,
         )
-        for name in chosen
+        for name in chosen(names, settings)
         for batch in settings.batches
     ]
+
+
+def chosen(names: Sequence[str], settings: Settings) -> list[str]:
+    """Return those of `names`, or of the default models, that the settings match.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    check(names)
+    return [name for name in names or default_models(settings) if settings.match in name]
 
 
 def check(names: Sequence[str]) -> None:

@@ -168,6 +168,14 @@ def run(
     return not wrong
 
 
+def load(path: Path) -> list[Row]:
+    """Read what `run` wrote."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    for row in rows:
+        row["outputs"] = {int(size): error for size, error in row["outputs"].items()}
+    return [Row(**row) for row in rows]
+
+
 def _cells(row: Row, sizes: Sequence[int]) -> Iterator[str]:
     yield from (row.model, row.peer)
     same = row.parameters == row.peer_parameters

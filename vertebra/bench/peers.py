@@ -135,16 +135,19 @@ def build(library: str, name: str, ours: Network) -> nn.Module:
     """Build a library's model of the network that `ours` is, with the weights of `ours`."""
     weights = _exported(ours, library)
     shapes = {key: weight.shape for key, weight in weights.items()}
-    reason = f"{library} has no {name}"
+    reason = ""
     for namesake in _namesakes(name):
-        with suppress(Unavailable):
+        try:
             model = LIBRARIES[library](namesake)
-            if shapes == {key: weight.shape for key, weight in model.state_dict().items()}:
-                if any(parameter.is_meta for parameter in model.parameters()):
-                    model = model.to_empty(device="cpu")
-                model.load_state_dict(weights)
-                return model
-            reason = f"{library}'s {namesake} is another network"
+        except Unavailable as error:
+            reason = reason or str(error)
+            continue
+        if shapes == {key: weight.shape for key, weight in model.state_dict().items()}:
+            if any(parameter.is_meta for parameter in model.parameters()):
+                model = model.to_empty(device="cpu")
+            model.load_state_dict(weights)
+            return model
+        reason = f"{library}'s {namesake} is another network"
     raise Unavailable(reason)
 
 
@@ -203,8 +206,12 @@ def _randomise_batch_norms(
         norm.bias.normal_(1.0, 0.5, generator=generator)
         norm.momentum = None  # the plain mean, of one batch
         norm.reset_running_stats()
-    if norms:
-        model.train()(images)
+    if not norms:
+        return
+    for module in model.modules():  # squeeze and excitation has them, at 0
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.normal_(0, 0.5, generator=generator)
+    model.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         assert norm.running_mean is not None
         assert norm.running_var is not None

@@ -25,8 +25,8 @@ def batch(count: int, size: int = 224) -> Tensor:
 
     Every other pair of those is mirrored; they are the same ones every time.
     """
-    photos = [transform(size).resize(photo) for photo in _photos()]
-    centres = [preprocess(photo, size) for photo in _photos()]
+    photos = [transform(size).resize(photo) for photo in load()]
+    centres = [preprocess(photo, size) for photo in load()]
     generator = torch.Generator().manual_seed(0)
     images = centres[:count]
     while len(images) < count:
@@ -39,7 +39,8 @@ def batch(count: int, size: int = 224) -> Tensor:
     return torch.stack(images)
 
 
-def _photos() -> list[Any]:
+def load() -> list[Any]:
+    """Return the photographs, as Pillow's images."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 

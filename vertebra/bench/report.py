@@ -57,20 +57,25 @@ class Verdict(NamedTuple):
     speedup: tuple[float, float, float]
 
 
+def verdict(comparison: Comparison) -> Verdict | None:
+    """Return the verdict on a comparison, if it has a row of ours and one of a peer."""
+    ours = comparison.best(peer=False)
+    peer = comparison.best(peer=True)
+    if ours is None or peer is None:
+        return None
+    speedups = comparison.speedups(ours)
+    low, middle, high = quartiles(speedups)
+    if len(speedups) < 3 or low <= 1 <= high:
+        outcome = "not told apart from"
+    else:
+        outcome = "faster than" if middle > 1 else "a loss: slower than"
+    return Verdict(comparison, ours, peer, outcome, (low, middle, high))
+
+
 def verdicts(report: Report) -> Iterator[Verdict]:
     """Yield the verdict on every comparison that has both."""
-    for comparison in report.comparisons:
-        ours = comparison.best(peer=False)
-        peer = comparison.best(peer=True)
-        if ours is None or peer is None:
-            continue
-        speedups = comparison.speedups(ours)
-        low, middle, high = quartiles(speedups)
-        if len(speedups) < 3 or low <= 1 <= high:
-            outcome = "not told apart from"
-        else:
-            outcome = "faster than" if middle > 1 else "a loss: slower than"
-        yield Verdict(comparison, ours, peer, outcome, (low, middle, high))
+    found = map(verdict, report.comparisons)
+    yield from (each for each in found if each is not None)
 
 
 def sentences(report: Report) -> Iterator[str]:
@@ -97,7 +102,7 @@ def tally(report: Report) -> Iterator[str]:
 
 def steady_table(comparison: Comparison, ceilings: Ceilings | None, width: int) -> Table:
     """Return the table of a comparison: times, rates, errors, memory."""
-    lines = {row.provider: _cells(comparison, row, ceilings) for row in comparison.rows}
+    lines = {row.provider: columns(comparison, row, ceilings) for row in comparison.rows}
     headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
     if width < _NARROW:
         headings = [h for h in headings if h not in ("TFLOP/s", "top-1", "of budget")]
@@ -119,7 +124,7 @@ def plain_table(title: str, first: str) -> Table:
     return table
 
 
-def _cells(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
+def columns(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
     """Return what there is to say about a row, by heading."""
     cells: dict[str, str] = {"ms": row.status}
     if row.status == "ok" and not row.samples_ms:
@@ -208,13 +213,13 @@ def _kernels_table(
         facts = comparison.facts
         by_name = {row.provider: row for row in comparison.rows}
         ours = comparison.best(peer=False)
-        best = {} if ours is None else _cells(comparison, ours, ceilings)
+        best = {} if ours is None else columns(comparison, ours, ceilings)
         shape = "x".join(map(str, facts["shape"]))
         cells = [f"{shape} {facts['layout']} {facts['numbers']}", facts["direction"]]
         for name in providers:
             row = by_name.get(name)
             here = row if row is not None and row.status != "absent" else None
-            cells.append("-" if here is None else _cells(comparison, here, ceilings)["ms"])
+            cells.append("-" if here is None else columns(comparison, here, ceilings)["ms"])
         cells += [best.get(heading, "") for heading in ("±", "GB/s", "of floor", "x peer")]
         refused = any(row.refused for row in comparison.rows)
         table.add_row(*cells, _saved(comparison.rows, ours), style="red" if refused else "")

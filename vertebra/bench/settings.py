@@ -68,6 +68,7 @@ class Settings:
         minutes: float | None = None,
         first_answer_s: float | None = None,
         tiny: bool = False,
+        seed: int = 0,
         known: Collection[str] = (),
     ) -> Settings:
         """Return the settings given, and for the others what suits the machine.
@@ -100,6 +101,7 @@ class Settings:
             first_answer_s=given(first_answer_s, 300.0),
             tiny=tiny,
             compiled=not tiny,
+            seed=seed,
         )
         chosen._check(known)
         return chosen

@@ -58,15 +58,16 @@ def drop_path_add(
     >>> drop_path_add(x, x, drop_prob=0.5, noise=torch.tensor([0.2, 0.7])).flatten()
     tensor([3., 2.])
     """
-    name = "drop_path_add"
-    check_image(name, x)
     if not 0.0 <= drop_prob <= 1.0:
-        raise ValueError(f"{name}: drop_prob must be a probability of [0, 1], got {drop_prob}")
+        raise ValueError(
+            f"drop_path_add: drop_prob must be a probability of [0, 1], got {drop_prob}"
+        )
     x, residual = promote_under_autocast(x, residual)
     keep_prob = 1.0 - drop_prob
     if drop_prob == 0.0:
         noise = None
     elif noise is None:
+        check_image("drop_path_add", x)
         noise = torch.rand(x.shape[0], dtype=torch.float32, device=x.device)
     scale = 1.0 / keep_prob if scale_by_keep and keep_prob > 0.0 else 1.0
     if noise is not None:

@@ -235,7 +235,7 @@ LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
     "convnext": {
         "timm": Layout(_ours),
         "torchvision": Layout(_convnext_torchvision, _like_torchvision),
-        "transformers": Layout(_convnext_transformers, _like_the_original),
+        "transformers": Layout(_convnext_transformers, _like_the_original, lacks=("norm_eps",)),
         "original": Layout(_convnext_original, _like_the_original),
     },
 }

@@ -70,11 +70,21 @@ class Weights(Enum):
         )
 
     def download(self, progress: bool = True) -> Path:
-        """Return the file, from torch's hub folder or fetched there and checked by its hash."""
+        """Return the file, from torch's hub folder or fetched there and checked by its hash.
+
+        Raises:
+            OSError: it cannot be fetched, or something else was.
+        """
         path = Path(torch.hub.get_dir()) / "checkpoints" / self.value.file
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(path), self.value.sha256, progress)
+            try:
+                torch.hub.download_url_to_file(self.url, str(path), self.value.sha256, progress)
+            except (OSError, RuntimeError) as error:
+                raise OSError(
+                    f"{self} cannot be fetched from {self.url}: {getattr(error, 'reason', error)}; "
+                    f"put the file into {path.parent} by other means"
+                ) from error
         return path
 
     def __str__(self) -> str:
@@ -102,6 +112,12 @@ def get_weight(name: str) -> Weights:
 def weights_of(model: str) -> type[Weights] | None:
     """Return the weights published for a model of this name, if any."""
     return next((e for e in ENUMS.values() if e["DEFAULT"].value.model == model), None)
+
+
+def member_of(model: str, name: str) -> Weights | None:
+    """Return the weights of a model that have `name` among its own: "DEFAULT" and the like."""
+    published = weights_of(model)
+    return published.__members__.get(name) if published else None
 
 
 # model, torchvision's name for its weights, version, sha256, size resized to, top-1, top-5

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from ._features import Indices
 from ._network import Network
-from ._pretrained import weights_of
+from ._pretrained import member_of, weights_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -94,9 +94,8 @@ def create_model(
         raise KeyError(f"no model is called {name!r}; {hint}")
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices={out_indices!r} is for features_only=True; give both")
-    published = weights_of(name)
-    if published and isinstance(weights, str) and weights in published.__members__:
-        weights = published[weights]
+    if isinstance(weights, str):
+        weights = member_of(name, weights) or weights
     model = _builders[name](
         weights=weights,
         num_classes=0 if features_only else num_classes,

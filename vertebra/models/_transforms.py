@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,15 @@ class ImageTransform:
 
     Args:
         crop_size: height and width of what comes out.
-        resize_size: what the short side of the image is resized to first, with antialiasing.
+        resize_size: what the short side of the image is resized to first, with antialiasing; at
+            least `crop_size`.
         mean: subtracted, per channel.
         std: divided by, per channel.
         interpolation: "bilinear" or "bicubic".
+        keep_ratio: resize the long side alike. If not, both sides become `resize_size`, as in
+            timm's `crop_mode="squash"` and transformers' ConvNeXts for 384 pixels and more.
+        round_down: a crop that cannot stand in the very middle stands half a pixel up or left of
+            it, as in transformers, instead of at the even one of both places.
     """
 
     crop_size: int = 224
@@ -34,6 +40,19 @@ class ImageTransform:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
+    keep_ratio: bool = True
+    round_down: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop_size <= self.resize_size:
+            raise ValueError(
+                f"a crop of {self.crop_size} pixels has no place in an image whose short side is "
+                f"{self.resize_size}; resize_size must be at least crop_size, and that at least 1"
+            )
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(
+                f"interpolation must be bilinear or bicubic; got {self.interpolation!r}"
+            )
 
     def __call__(self, image: Any) -> Tensor:
         return self.normalise(self.crop(self.resize(image)))
@@ -63,6 +82,8 @@ class ImageTransform:
 
     def _shape(self, width: int, height: int) -> tuple[int, int]:
         short = self.resize_size
+        if not self.keep_ratio:
+            return short, short
         if width <= height:
             return short, int(short * height / width)
         return int(short * width / height), short
@@ -70,7 +91,8 @@ class ImageTransform:
     def crop(self, x: Tensor) -> Tensor:
         """Return the centre of (..., H, W)."""
         size = self.crop_size
-        top, left = (round((side - size) / 2) for side in x.shape[-2:])
+        place = floor if self.round_down else round
+        top, left = (place((side - size) / 2) for side in x.shape[-2:])
         return x[..., top : top + size, left : left + size]
 
     def normalise(self, x: Tensor) -> Tensor:

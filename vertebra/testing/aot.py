@@ -127,27 +127,45 @@ def binaries(
     todo: Sequence[Build], jobs: int, cache: Path | None
 ) -> Iterator[tuple[Build, Binary]]:
     """Yield every build with its binary: read from `cache`, or made, by `jobs` processes."""
-    missing: list[Build] = []
+    missing: dict[str, list[Build]] = defaultdict(list)
     for build in todo:
         kept = cache and cache / f"{build.key}.json"
         if kept and kept.exists():
             yield build, Binary(**json.loads(kept.read_text()))
         else:
-            missing.append(build)
+            missing[build.target].append(build)
     if not missing:
         return
+    parts = [
+        some[i : i + _AT_ONCE] for some in missing.values() for i in range(0, len(some), _AT_ONCE)
+    ]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        made = {pool.submit(_aot.measure, b.launch, _aot.TARGETS[b.target]): b for b in missing}
+        # of its launches, which compile to the same, a build takes one along
+        made = {
+            pool.submit(make, [b._replace(launches=b.launches[:1]) for b in part]): part
+            for part in parts
+        }
         for future in as_completed(made):
-            build = made[future]
-            try:
-                binary = future.result()
-            except Exception as error:
-                raise RuntimeError(f"{build.target}: {build.label} does not compile") from error
-            if cache:
-                cache.mkdir(parents=True, exist_ok=True)
-                (cache / f"{build.key}.json").write_text(json.dumps(binary._asdict()))
-            yield build, binary
+            for build, binary in zip(made[future], future.result(), strict=True):
+                if cache:
+                    cache.mkdir(parents=True, exist_ok=True)
+                    (cache / f"{build.key}.json").write_text(json.dumps(binary._asdict()))
+                yield build, binary
+
+
+_AT_ONCE = 8  # builds: what is read of one binary and of eight takes as long
+
+
+def make(part: Sequence[Build]) -> list[Binary]:
+    """Compile builds for one target."""
+    target = _aot.TARGETS[part[0].target]
+    results: list[_aot.Compiled] = []
+    for build in part:
+        try:
+            results.append(_aot.compiled(build.launch, target))
+        except Exception as error:
+            raise RuntimeError(f"{build.target}: {build.label} does not compile") from error
+    return _aot.measured(results, target)
 
 
 # ------------------------------------------------------------------------------ how it is judged

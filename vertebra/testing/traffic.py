@@ -21,7 +21,7 @@ from .cases import Case
 from .contract import leaves_of
 from .launches import launches
 
-_NO_TRAFFIC = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach")
+NO_TRAFFIC = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach")
 
 
 def declared_and_launched(case: Case) -> tuple[Traffic, Traffic]:
@@ -47,7 +47,7 @@ def launched(launches: list[Launch]) -> int:
 
     A launch that is given one map as two arguments finds it in the cache the second time.
     """
-    found = ({id(t): t for t in _tensors(launch.arguments)} for launch in launches)
+    found = ({id(t): t for t in tensors_in(launch.arguments)} for launch in launches)
     return sum(_bytes(distinct.values()) for distinct in found)
 
 
@@ -61,14 +61,20 @@ def _is_vector(t: Tensor) -> bool:
     return t.dim() != 4 or sum([*varies][1:]) < 2
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+        yield from tensors_in(tuple(value.values()))
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
+
+
+def read_by(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what an operation reads of its arguments, each as often as it has to."""
+    return _READS[name](*args) if name in _READS else args
 
 
 class _Counter(TorchDispatchMode):
@@ -83,9 +89,8 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name not in _NO_TRAFFIC and not func.is_view:
-            reads = _READS[name](*args) if name in _READS else args
-            maps = (t for t in _tensors((reads, result)) if not _is_vector(t))
+        if name not in NO_TRAFFIC and not func.is_view:
+            maps = (t for t in tensors_in((read_by(name, args), result)) if not _is_vector(t))
             self.bytes += _bytes(maps)
         return result
 

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation: the binary a GPU would run for a captured launch, made without one.
 
 `specialise` passes the launch, meta tensors and all, through Triton's own binder, so that types,
-constants and alignments are those of the JIT by construction. `measure` compiles the result and
-reads each fact where it is final and still legible:
+constants and alignments are those of the JIT by construction. `compiled` compiles the result, and
+`measured` reads each fact where it is final and still legible:
 
     registers, stack         ptxas's log; on AMD the metadata of the assembly
     spills, widest access    the disassembled binary
@@ -15,12 +15,15 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +92,7 @@ def specialise(launch: Launch, target: Target) -> tuple[ASTSource, Any]:
 
 
 def identity(launch: Launch, target: Target) -> str:
-    """Return a key that changes with anything that could change `measure(launch, target)`."""
+    """Return a key that changes with anything that could change what is measured of `launch`."""
     source, options = specialise(launch, target)
     parts = (VERSION, make_backend(target.gpu).hash(), source.hash(), options.hash(), _own_text())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -109,8 +112,17 @@ def leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, tree
 
 
-def measure(launch: Launch, target: Target) -> Binary:
-    """Compile `launch` for `target` and read what came out."""
+class Compiled(NamedTuple):
+    """What a compilation yields, and what it said."""
+
+    source: ASTSource
+    shared: int
+    asm: dict[str, Any]
+    log: str
+
+
+def compiled(launch: Launch, target: Target) -> Compiled:
+    """Compile `launch` for `target`."""
     source, options = specialise(launch, target)
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -120,34 +132,75 @@ def measure(launch: Launch, target: Target) -> Binary:
     ):
         knobs.cache.dir = scratch
         knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=target.gpu, options=vars(options))
-        asm = compiled.asm
-        if target.gpu.backend == "cuda":
-            code = _disassembled(asm["cubin"], scratch)
-            usage = _cuda_usage(log.getvalue(), code)
-        else:
-            code = asm["amdgcn"]
-            usage = _hip_usage(code)
-    loads, stores = _accesses(asm["llir"], source.signature)
-    return Binary(
-        **usage,
-        shared=compiled.metadata.shared,
-        loads=loads,
-        stores=stores,
-        dots=_dots(asm["ttir"]),
-        matrix=len(re.findall(target.matrix, code)),
-        serialized="serialized" in log.getvalue(),
-    )
+        result = triton.compile(source, target=target.gpu, options=vars(options))
+        return Compiled(source, result.metadata.shared, dict(result.asm), log.getvalue())
+
+
+def measured(results: Sequence[Compiled], target: Target) -> list[Binary]:
+    """Read what came out of compilations for one target."""
+    if target.gpu.backend == "cuda":
+        codes = _disassembled(results)
+        usages = [_cuda_usage(result.log, code) for result, code in zip(results, codes)]
+    else:
+        codes = [result.asm["amdgcn"] for result in results]
+        usages = [_hip_usage(code) for code in codes]
+    found: list[Binary] = []
+    for result, code, usage in zip(results, codes, usages):
+        loads, stores = _accesses(result.asm["llir"], result.source.signature)
+        found.append(
+            Binary(
+                **usage,
+                shared=result.shared,
+                loads=loads,
+                stores=stores,
+                dots=_dots(result.asm["ttir"]),
+                matrix=len(re.findall(target.matrix, code)),
+                serialized="serialized" in result.log,
+            )
+        )
+    return found
 
 
 # --------------------------------------------------------------------------------- the final code
 
+_INSTRUCTION = 16  # bytes
 
-def _disassembled(cubin: bytes, folder: str) -> str:
-    path = Path(folder, "kernel.cubin")
-    path.write_bytes(cubin)
-    command = [knobs.nvidia.nvdisasm.path, "-c", "-ndf", path]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+def _disassembled(results: Sequence[Compiled]) -> list[str]:
+    """Return the instructions of each binary.
+
+    The disassembler takes one file, and as long to start as for ten thousand instructions. So it is
+    given those of all binaries, one after the other, which addresses tell apart.
+    """
+    codes = [_instructions(result.asm["cubin"]) for result in results]
+    starts = [0, *accumulate(map(len, codes))]
+    (architecture,) = {_found(r"\.target sm_(\w+)", result.asm["ptx"]) for result in results}
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-ndf", "-b", f"SM{architecture}", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines: list[list[str]] = [[] for _ in codes]
+    for line in text.splitlines():
+        if address := re.search(r"/\*([0-9a-f]{4,})\*/", line):
+            lines[bisect_right(starts, int(address[1], 16)) - 1].append(line)
+    for own, code in zip(lines, codes):
+        assert len(own) == len(code) // _INSTRUCTION, "not one line per instruction"
+    return ["\n".join(own) for own in lines]
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """Return the one section with code of an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, strings = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    names = sections[strings][4]
+    (code,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", names + name)
+    )
+    return code
 
 
 def _cuda_usage(log: str, sass: str) -> dict[str, int]:
@@ -183,8 +236,12 @@ def _hip_usage(amdgcn: str) -> dict[str, int]:
 
 
 def _number(pattern: str, text: str) -> int:
-    (number,) = re.findall(pattern, text)  # one kernel, so one: anything else is a new format
-    return int(number)
+    return int(_found(pattern, text))
+
+
+def _found(pattern: str, text: str) -> str:
+    (found,) = re.findall(pattern, text)  # one kernel, so one: anything else is a new format
+    return found
 
 
 def _dots(ttir: str) -> int:

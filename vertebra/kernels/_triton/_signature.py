@@ -54,7 +54,7 @@ class Kind:
             for i, a in enumerate(args)
             if a is not None and i not in (*tensors, *self.float_places)
         ]
-        self.tensors, self.floats = _picker(tensors), _picker(self.float_places)
+        self.tensors = _picker(tensors)
         self.rest = _picker(rest)
         if list in map(type, args):  # which no dict takes for a key
             pick = self.rest

@@ -1,0 +1,31 @@
+"""`vertebra parity`: models beside those of other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.cli import console
+
+
+def parity(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern of model names.")] = "*",
+    peers: Annotated[str, typer.Option(help="Comma-separated.")] = "torchvision,timm,transformers",
+    sizes: Annotated[str, typer.Option(help="Pixels per side, comma-separated.")] = "224,97",
+    json: Annotated[Path | None, typer.Option(help="Also write what was found there.")] = None,
+) -> None:
+    """Compare models with their peers: parameters, keys, outputs, gradients. All take long."""
+    from ..bench.parity import BUILDERS, run
+
+    of = peers.split(",")
+    if unknown := [peer for peer in of if peer not in BUILDERS]:
+        raise typer.BadParameter(f"peers are {', '.join(BUILDERS)}; got {', '.join(unknown)}")
+    try:
+        pixels = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"sizes are numbers of pixels, like 224,97; got {sizes!r}"
+        ) from None
+    raise typer.Exit(int(not run(pattern, of, pixels, console(120), json)))
