@@ -190,7 +190,7 @@ def test_the_shapes_are_batches_and_sizes_around_the_first(plan) -> None:
 def test_an_answer_that_is_wrong_at_one_shape_spoils_the_row(
     plan, session, tmp_path, monkeypatch
 ) -> None:
-    it = subject(plan, WrongWhenSmall)
+    it = subject(replace(plan, quick=True, batches=(2,)), WrongWhenSmall)
 
     def run(job: Job, row: Row, cache: Path, limits: Limits) -> Account | None:
         account = in_this_process(tmp_path, it, job.policy, list(job.visits))
