@@ -152,15 +152,16 @@ def _say_why(row: Row, code: int | None, account: Account, folder: Path, limits:
     """Say in a row why a process has ended without what it was to do."""
     if code is None and limits.left_s > 0:
         row.status = "slow"
-        row.detail = f"ended after {limits.first_answer_s:.0f} s, {account.doing}"
+        row.detail = f"ended after {limits.first_answer_s:g} s, {account.doing}"
     elif code is None:
         row.status, row.detail = "late", f"the time was over: {account.doing}"
-    elif account.error is not None and row.peer and "OutOfMemoryError" in account.error:
-        row.status, row.detail = "memory", account.error
+    elif account.error is not None:
+        has_room = not (row.peer and "OutOfMemoryError" in account.error)
+        row.status, row.detail = "FAILED" if has_room else "memory", account.error
     else:
         lines = (folder / "stderr").read_text().strip().splitlines()
         row.status = "FAILED"
-        row.detail = account.error or f"exit code {code}, {account.doing}: {''.join(lines[-1:])}"
+        row.detail = f"exit code {code}, {account.doing}: {''.join(lines[-1:])}"
 
 
 def variables(cache: Path) -> dict[str, str]:
