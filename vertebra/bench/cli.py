@@ -351,6 +351,9 @@ def compiling(
         str | None, typer.Option(help="graphs,starts,steady,shapes (all of them).")
     ] = None,
     blocks: Annotated[bool, typer.Option(help="Blocks of the models too.")] = True,
+    starts: Annotated[
+        int | None, typer.Option(help="Fresh processes per provider (3; quick: 1).")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
     tiny: Tiny = False,
     minutes: Minutes = None,
@@ -368,7 +371,7 @@ def compiling(
     """
     from .compile import charts, tables
     from .compile.plan import Plan
-    from .compile.tasks import tasks
+    from .compile.tasks import notes, tasks
     from .session import Session
 
     try:
@@ -378,6 +381,7 @@ def compiling(
             modes=_split(mode),
             aspects=_split(aspect),
             blocks=blocks,
+            starts=starts,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -397,6 +401,8 @@ def compiling(
     except ValueError as error:
         raise usage_error(error) from None
     found = session.run(todo)
+    found.notes = list(notes(found))
+    session.save()
     tables.show(found, console(160))
     for target, write in ((csv, tables.write), (plot, charts.draw)):
         if target is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..charts import new_figure, save
 from ..results import Comparison, Report, Row
-from .verdicts import cases
+from .verdicts import Payoff, cases, payoffs
 
 _COLOURS = {
     "eager": "#7f7f7f",
@@ -30,9 +31,13 @@ _PARTS = {
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw, for every case and mode with both, starts as bars and time over images as lines."""
+    """Draw, for every case and mode with both, starts as bars and time over images as lines.
+
+    A dot is where compiling has paid.
+    """
+    paid = list(payoffs(report))
     pairs = [
-        (f"{case.title}, {mode}", starts, case.comparisons["steady", mode])
+        (case.title, mode, starts, case.comparisons["steady", mode])
         for case in cases(report)
         for mode, starts in case.of("starts")
         if starts.timed and ("steady", mode) in case.comparisons
@@ -40,11 +45,11 @@ def draw(report: Report, path: Path) -> None:
     if not pairs:
         return
     figure, axes = new_figure(report, [3.6] * len(pairs), columns=2)
-    for i, (title, starts, steady) in enumerate(pairs):
+    for i, (title, mode, starts, steady) in enumerate(pairs):
         left, right = axes[2 * i], axes[2 * i + 1]
-        left.set_title(title, loc="left")
+        left.set_title(f"{title}, {mode}", loc="left")
         _bars(left, starts)
-        _lines(right, starts, steady)
+        _lines(right, starts, steady, [p for p in paid if (p.case.title, p.mode) == (title, mode)])
     save(figure, path)
 
 
@@ -74,7 +79,7 @@ def _parts(row: Row) -> dict[str, float]:
     return found
 
 
-def _lines(axis: Any, starts: Comparison, steady: Comparison) -> None:
+def _lines(axis: Any, starts: Comparison, steady: Comparison, paid: Sequence[Payoff]) -> None:
     """Draw the time that so many images have taken, from the first call on."""
     batch = steady.work["images"]
     first = {row.provider: row.median_ms / 1e3 for row in starts.timed}
@@ -82,12 +87,19 @@ def _lines(axis: Any, starts: Comparison, steady: Comparison) -> None:
     if not each:
         return
     longest = 30 * max(first[name] / each[name] for name in each)
+    longest = max([longest, *(2 * (p.cold or 0.0) / batch for p in paid)])
     calls = [longest ** (i / 200) for i in range(201)]
     for name in each:
         seconds = [first[name] + (n - 1) * each[name] for n in calls]
         style = "--" if name.endswith("compile") else "-"
         images = [batch * n for n in calls]
         axis.plot(images, seconds, style, color=_COLOURS[name], label=name)
+    for payoff in paid:
+        if payoff.cold is not None:
+            name, n = payoff.provider, payoff.cold / batch
+            seconds = first[name] + (n - 1) * each[name]
+            axis.plot(payoff.cold, seconds, "o", color=_COLOURS[name])
+            axis.annotate(f"{payoff.cold:,.0f}", (payoff.cold, seconds), fontsize="x-small")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("images")

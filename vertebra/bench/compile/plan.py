@@ -96,6 +96,7 @@ class Plan(Settings):
         modes: Sequence[str] = (),
         aspects: Sequence[str] = (),
         blocks: bool = True,
+        starts: int | None = None,
         backend: str = "inductor",
         **options: Any,
     ) -> Plan:
@@ -108,6 +109,7 @@ class Plan(Settings):
             modes: some of Inductor's.
             aspects: some of `ASPECTS`.
             blocks: whether there are any.
+            starts: fresh processes per provider.
             backend: of torch.compile.
             options: those of `Settings.choose`.
 
@@ -129,7 +131,7 @@ class Plan(Settings):
             aspects=tuple(aspects) or ASPECTS,
             policies=("automatic",) if quick else tuple(POLICIES),
             blocks=blocks,
-            starts=1 if quick else 3,
+            starts=given(starts, 1 if quick else 3),
             rounds=given(options.get("rounds"), 5),
             backend=backend,
         )
@@ -151,6 +153,8 @@ class Plan(Settings):
             )
         if self.rounds < 3:
             raise ValueError(f"rounds must be at least 3, or there is no spread; got {self.rounds}")
+        if self.starts < 1:
+            raise ValueError(f"starts must be at least 1; got {self.starts}")
 
     @property
     def base(self) -> Visit:

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,16 @@ def _say_why(row: Row, code: int | None, account: Account, folder: Path, limits:
     """Say in a row why a process has ended without what it was to do."""
     if code is None and limits.left_s > 0:
         row.status = "slow"
-        row.detail = f"ended after {limits.first_answer_s:.0f} s, {account.doing}"
+        row.detail = f"ended after {limits.first_answer_s:g} s, {account.doing}"
     elif code is None:
         row.status, row.detail = "late", f"the time was over: {account.doing}"
-    elif account.error is not None and row.peer and "OutOfMemoryError" in account.error:
-        row.status, row.detail = "memory", account.error
+    elif account.error is not None:
+        has_room = not (row.peer and "OutOfMemoryError" in account.error)
+        row.status, row.detail = "FAILED" if has_room else "memory", account.error
     else:
         lines = (folder / "stderr").read_text().strip().splitlines()
         row.status = "FAILED"
-        row.detail = account.error or f"exit code {code}, {account.doing}: {''.join(lines[-1:])}"
+        row.detail = f"exit code {code}, {account.doing}: {''.join(lines[-1:])}"
 
 
 def variables(cache: Path) -> dict[str, str]:
@@ -167,11 +169,12 @@ def variables(cache: Path) -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
 
 
-@dataclass(frozen=True)
 class Caches:
-    """What the last cold starts have compiled, kept for as long as the run lasts."""
+    """What the last cold starts have compiled, kept for as long as this object is."""
 
-    folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vertebra-compile-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def empty(self, subject: Subject, provider: str, direction: Direction, mode: str) -> Path:
         """Return an empty folder in place of what was compiled for the same provider before."""
@@ -198,7 +201,7 @@ class Caches:
             yield Path(folder)
 
     def _path(self, *names: Any) -> Path:
-        return Path(self.folder.name) / "-".join(names).replace(" ", "-")
+        return self.folder / "-".join(names).replace(" ", "-")
 
 
 def new_row(provider: str, plan: Plan) -> Row:

@@ -3,6 +3,7 @@
 Every provider meets a sequence of batches and image sizes, in a process of its own that finds what
 its cold start has compiled. Answers are checked at every shape, the first and the last one. Eager
 providers, to whom it is nothing what the compiler is told of shapes, come once, beside the default.
+A quick plan leaves out the peer's model on our ops.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def compare(
     comparison.rows.clear()
     for name, variant in plan.chosen.items():
         if policy != "automatic" and not variant.compiled:
+            continue
+        if plan.quick and variant.source == "accelerated":
             continue
         session.tick(f"{name}: {len(visits)} shapes")
         row = done.get(name, new_row(name, plan))

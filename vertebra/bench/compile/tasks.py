@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 
 from ..models import ON_CPU, ON_GPU, TINY, check
-from ..results import Comparison
+from ..results import Comparison, Report
 from ..runner import settle_threads
 from ..session import Session, Task
 from ..workload import CompileMode
@@ -32,7 +32,7 @@ class Question:
     direction: Direction
     aspect: Aspect
     mode: CompileMode = "default"
-    policy: Policy = "static"
+    policy: Policy = "automatic"
 
     @property
     def subject(self) -> str:
@@ -46,6 +46,11 @@ class Question:
         size = f"{plan.base.batch} x {plan.base.size} x {plan.base.size}"
         return f"{self.subject} {TITLES[self.direction]}, {size}, {plan.dtype}: {what}"
 
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        """What is asked later: blocks, and before them, of networks, all but the defaults."""
+        return self.path != "", (self.mode, self.policy) != ("default", "automatic")
+
     def steps(self, plan: Plan) -> int:
         """Return how often it tells of its progress."""
         count = len(plan.chosen)
@@ -55,7 +60,7 @@ class Question:
 
 
 def questions(model: str, plan: Plan) -> Iterator[Question]:
-    """Yield what is asked of a network, then of its blocks, the cheapest first.
+    """Yield what is asked of a network, then of its blocks.
 
     Of blocks, only Inductor's default mode and what torch.compile does with shapes by default; and
     by a quick plan, no question that takes processes.
@@ -79,18 +84,18 @@ def questions(model: str, plan: Plan) -> Iterator[Question]:
 
 
 def tasks(names: Sequence[str], plan: Plan) -> list[Task]:
-    """Return what there is to compare.
+    """Return what there is to compare: what matters most of every network, then the rest.
 
     Raises:
         ValueError: there is no such model.
     """
     check(names)
     suitable = ON_GPU if plan.on_gpu else TINY if plan.quick else ON_CPU
+    asked = [q for name in names or suitable for q in questions(name, plan)]
     caches = Caches()
     return [
         Task((q.title(plan),), partial(compare, q, plan, caches), q.steps(plan))
-        for name in names or suitable
-        for q in questions(name, plan)
+        for q in sorted(asked, key=lambda q: q.rank)
         if plan.match in q.subject
     ]
 
@@ -128,6 +133,26 @@ def compare(question: Question, plan: Plan, caches: Caches, session: Session) ->
         steady.compare(comparison, it, direction, mode, caches, session)
     else:
         shapes.compare(comparison, it, direction, policy, caches, session)
+
+
+def notes(report: Report) -> Iterator[str]:
+    """Yield what a reader of the tables must know of how they came about."""
+    settings, loads = report.settings, [c.facts["load"] for c in report.comparisons]
+    if settings["backend"] != "inductor":
+        yield f"The backend of torch.compile was {settings['backend']}, which is not its own."
+    if settings["device"] == "cpu" and loads:
+        cores, threads = os.cpu_count(), report.comparisons[-1].facts["threads"]
+        yield (
+            f"A CPU of {cores} cores, {threads} of them used, while {min(loads):.0f} to "
+            f"{max(loads):.0f} processes wanted to run: times are noisy, by a factor where a start "
+            "is timed once. Kernels need a GPU: here ours are operations of PyTorch like the "
+            "peer's, compiled or not, and no difference in speed is due to them."
+        )
+    yield (
+        "A start is timed from the call of torch.compile, or of the eager model, to the answer: "
+        "imports, the first use of the device and the building of the module are told apart. "
+        f"{settings['starts']} fresh processes per provider, caches of compilers empty."
+    )
 
 
 @cache
