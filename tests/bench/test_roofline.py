@@ -154,6 +154,20 @@ def test_a_gate_costs_weights_between_two_convolutions_and_a_pass_at_the_end() -
     assert moved("regnety_002") - bare.bytes == weights > 0
 
 
+def test_the_gradients_of_a_global_response_norm_read_the_hidden_map_anew() -> None:
+    anatomy = dissect("convnextv2_atto", 64)
+
+    def moved() -> float:
+        return construct(anatomy, "conv", training=True, batch=3, itemsize=2, rates=RATES).bytes
+
+    with_norm = moved()
+    blocks = [part for part in anatomy.parts if part.grn]
+    for part in blocks:
+        part.grn = False
+    again = 2 * sum(part.convs[1].y for part in blocks)  # for both gradients
+    assert with_norm - moved() == 2 * 3 * again > 0
+
+
 def test_a_pool_before_a_convolution_is_read_through() -> None:
     plain, averaged, blurred = (
         dissect(name, 64) for name in ("resnet50", "resnet50d", "resnetblur50")
@@ -167,6 +181,7 @@ def test_a_pool_before_a_convolution_is_read_through() -> None:
     third, behind_blur = plain.parts[at].convs[2], blurred.parts[at].convs[2]
     assert behind_blur.macs == third.macs
     assert behind_blur.read == 4 * third.read == blurred.parts[at].convs[1].y
+    assert behind_blur.x == behind_blur.read  # and its gradient is written as large
     assert averaged.parts[0].pool == (64 * 32 * 32, 64 * 16 * 16) == blurred.parts[0].pool
 
 
@@ -226,6 +241,8 @@ def test_twice_the_bytes_per_element_are_twice_the_bytes() -> None:
 def test_our_ops_move_what_they_declare_and_nothing_twice() -> None:
     found = draw("resnet18", RATES, training=True, batch=2, image_size=64)
     names = {kernel.name for kernel in found.schedules["ops"].kernels}
+    pools = [k.part for k in found.schedules["ops"].kernels if k.name.startswith("global_avg_pool")]
+    assert pools == ["head", "head"]
     assert {"batch_norm_act", "batch_norm_act backward", "batch_norm_act_pool"} <= names
     assert not names & {"native_batch_norm", "relu_", "threshold_backward", "max_pool2d"}
 
@@ -299,6 +316,8 @@ def test_tables_plot_and_json(tmp_path: Path) -> None:
     floors.show(found, console)
     floors.show_parts(found, console)
     floors.show_kernels(found, "layer1.0", console)
+    conv = found.schedules["conv"]
+    assert found.latency("conv") == conv.floor(RATES) + LAUNCH_S * len(conv.kernels)
     assert "one kernel per convolution" in text.getvalue()
     layer = found.floors("ops")["layer1.0"]
     assert f" {1e-3 / layer:.2f} " in text.getvalue()
