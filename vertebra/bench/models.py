@@ -14,10 +14,10 @@ from ..models import list_models
 from .anatomy import dissect
 from .ceilings import DTYPES, Ceilings
 from .clock import Clock
+from .construction import construct
 from .results import Comparison
 from .roofline import rates_of
 from .runner import measure, settle_threads, warm_up_compiler
-from .schedules import construct
 from .session import Session, Task
 from .settings import Settings
 from .workload import VARIANTS, Cost, Mode, Workload
