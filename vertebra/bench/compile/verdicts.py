@@ -184,14 +184,17 @@ def _counted(
     case: Case, question: str, found: Comparison, fact: str, how: str
 ) -> Iterator[Verdict]:
     """Compare counts of the compiled, of which the least is the best."""
-    counts = {r.provider: r.facts[fact] for r in found.rows if r.status == "ok" and fact in r.facts}
+    rows = {r.provider: r for r in found.rows if r.status == "ok" and fact in r.facts}
+    counts = {name: row.facts[fact] for name, row in rows.items()}
     (peer,), own = _COMPILED
     best = min((name for name in own if name in counts), key=counts.__getitem__, default=None)
+    where = f"{question}, {how}" if how else question
     if best is None or peer not in counts:
+        sides = (None if best is None else rows[best]), rows.get(peer)
+        yield from _by_default(case, where, found, (peer,), own, *sides)
         return
     a, b = counts[best], counts[peer]
     outcome: Outcome = "win" if a < b else "loss" if a > b else "tie"
-    where = f"{question}, {how}" if how else question
     yield Verdict(case, where, best, peer, outcome, None, f"{a} to {b}")
 
 
