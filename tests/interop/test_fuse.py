@@ -634,6 +634,25 @@ def test_packed_weights_leave_with_their_module(fused, on_onednn):
     assert len(_onednn._packed) == packed_twice // 2
 
 
+def test_weights_need_not_be_packed(on_onednn):
+    model, x = own("convnext: v1"), image(*X)
+    _onednn._packed.clear()
+    fused = fuse(model, pack_weights=False)
+    assert not judge(model, x, answers(fused, x))
+    assert not _onednn._packed
+    answers(copy.deepcopy(fused), x)
+    assert not _onednn._packed
+
+
+def test_images_of_a_batch_go_through_an_mlp_a_few_at_a_time(on_onednn, monkeypatch):
+    model, x = own("convnext: v2"), image(5, 3, 40, 33)
+    fused = fuse(model)
+    whole = len(sites(fused, x))
+    monkeypatch.setattr(sys.modules["vertebra.nn.mlp"], "_MAX_HIDDEN_BYTES", 2 * 32 * 80 * 4)
+    assert len(sites(fused, x)) > whole
+    assert not judge(model, x, answers(fused, x))
+
+
 def test_no_gradient_is_wanted_but_may_be(fused, path):
     assert not any(p.requires_grad for p in fused.parameters())
     x = image(*X).requires_grad_()

@@ -24,7 +24,8 @@ from ..nn import (
 )
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
-from ..nn.fused import Folded, MlpNames, linear_act, takes_add
+from ..nn.fused import Folded
+from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import normalise
 from ._children import collect, in_steps
 from ._swap import accelerates, path_of, reading
@@ -270,7 +271,7 @@ def _has_other_mlp(block: Any) -> str | None:
     own = type(block.mlp)
     if _MLPS.get(path_of(own)) != reading(own.forward):
         return f"its MLP, a {path_of(own)}, is not one this version was written for"
-    return "its MLP drops what it returns" if block.mlp.drop2.p else None
+    return "its MLP has dropout" if block.mlp.drop1.p or block.mlp.drop2.p else None
 
 
 @accelerates("timm.models.convnext.ConvNeXtBlock", forward="9054df84e1b4")
@@ -299,9 +300,8 @@ class _ConvNeXtBlock:
         mlp, in_rows = self.mlp, not self.use_conv_mlp
         if in_rows:
             y, shortcut = y.permute(0, 2, 3, 1), shortcut.permute(0, 2, 3, 1)
-        y = mlp.drop1(linear_act(mlp.fc1, self.norm(y), mlp.act))
-        y = mlp.grn(y) if hasattr(mlp, "grn") else mlp.norm(y)
-        y = linear_act(mlp.fc2, y, None, shortcut)
+        between = mlp.grn if hasattr(mlp, "grn") else mlp.norm
+        y = mlp_add(self.norm(y), shortcut, mlp.fc1, mlp.act, between, mlp.fc2)
         return y.permute(0, 3, 1, 2) if in_rows else y
 
 

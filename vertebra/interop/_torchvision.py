@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels import drop_path_add
 from ..nn import ConvNorms, LayerNorm2d, conv_norm_act
 from ..nn._act import has_hooks
-from ..nn.fused import MlpNames, linear_act, takes_add
+from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._children import collect
@@ -183,8 +183,8 @@ class _CNBlock:
         is_idle = not ((drop.training and drop.p) or has_hooks(drop))
         if is_idle and takes_add(self.block, self.block[-2], self.layer_scale, None):
             conv, permute, norm, fc1, act, fc2, back = self.block
-            y = linear_act(fc1, norm(permute(conv(input))), act)
-            return back(linear_act(fc2, y, None, permute(input)))
+            y = norm(permute(conv(input)))
+            return back(mlp_add(y, permute(input), fc1, act, None, fc2))
         y = self.block(input)
         if has_hooks(drop):
             return drop(self.layer_scale * y) + input

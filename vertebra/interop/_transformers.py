@@ -11,7 +11,7 @@ from ..kernels import drop_path_add
 from ..nn import ConvNorms, DropPath, GlobalResponseNorm, LayerNorm2d, conv_norm_act
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
-from ..nn.fused import MlpNames, linear_act, takes_add
+from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._swap import Refuses, accelerates
@@ -216,20 +216,33 @@ class _DropPath(nn.Module):
         return DropPath.forward(own, hidden_states)
 
 
-def _end(
-    fc2: nn.Module, drop: nn.Module, x: Tensor, residual: Tensor, gamma: Tensor | None = None
+def _is_passed(drop: nn.Module) -> bool:
+    """Return whether `drop` returns what it is given, and nobody watches it."""
+    if isinstance(drop, _DropPath) and not has_hooks(drop):
+        return not (drop.training and drop.drop_prob)
+    return is_idle(drop)
+
+
+def _mlp(
+    x: Tensor,
+    residual: Tensor,
+    fc1: nn.Module,
+    act: nn.Module,
+    grn: nn.Module | None,
+    fc2: nn.Module,
+    gamma: Tensor | None,
+    drop: nn.Module,
 ) -> Tensor:
-    """Return `residual + drop(gamma * fc2(x))`, where x is of (N, H, W, C) and the residual not."""
-    rate: float | None = None  # at which samples are dropped, if by nothing unknown
-    if is_idle(drop):
-        rate = 0.0
-    elif isinstance(drop, _DropPath) and not has_hooks(drop):
-        rate = drop.drop_prob if drop.training else 0.0
-    if rate == 0 and takes_add(fc2, fc2, gamma, None):
-        return linear_act(fc2, x, None, residual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    x = fc2(x).permute(0, 3, 1, 2)
-    if rate is not None:
-        return drop_path_add(x, residual, gamma, drop_prob=rate)
+    """Return `residual + drop(gamma * fc2(grn(act(fc1(x)))))`; only x is of (N, H, W, C)."""
+    if _is_passed(drop) and takes_add(fc2, fc2, gamma, None):
+        rows = mlp_add(x, residual.permute(0, 2, 3, 1), fc1, act, grn, fc2)
+        return rows.permute(0, 3, 1, 2)
+    x = act(fc1(x))
+    x = fc2(x if grn is None else grn(x)).permute(0, 3, 1, 2)
+    if _is_passed(drop):
+        return drop_path_add(x, residual, gamma)
+    if isinstance(drop, _DropPath) and not has_hooks(drop):
+        return drop_path_add(x, residual, gamma, drop_prob=drop.drop_prob)
     return residual + drop(x if gamma is None else drop_path_add(x, gamma=gamma))
 
 
@@ -246,8 +259,8 @@ class _ConvNextLayer:
 
     def forward(self, features: Tensor) -> Tensor:
         y = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
-        y = linear_act(self.pwconv1, y, self.act)
-        return _end(self.pwconv2, self.drop_path, y, features, self.layer_scale_parameter)
+        layers = (self.pwconv1, self.act, None, self.pwconv2)
+        return _mlp(y, features, *layers, self.layer_scale_parameter, self.drop_path)
 
 
 @_accelerates("85f4d7d3b45e", "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayer")
@@ -263,8 +276,8 @@ class _DINOv3ConvNextLayer:
 
     def forward(self, features: Tensor) -> Tensor:
         y = self.layer_norm(self.depthwise_conv(features).permute(0, 2, 3, 1))
-        y = linear_act(self.pointwise_conv1, y, self.activation_fn)
-        return _end(self.pointwise_conv2, self.drop_path, y, features, self.gamma)
+        layers = (self.pointwise_conv1, self.activation_fn, None, self.pointwise_conv2)
+        return _mlp(y, features, *layers, self.gamma, self.drop_path)
 
 
 @_accelerates("7a165115968a", "convnextv2.modeling_convnextv2.ConvNextV2Layer")
@@ -280,8 +293,8 @@ class _ConvNextV2Layer:
 
     def forward(self, features: Tensor) -> Tensor:
         y = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
-        y = self.grn(linear_act(self.pwconv1, y, self.act))
-        return _end(self.pwconv2, self.drop_path, y, features)
+        layers = (self.pwconv1, self.act, self.grn, self.pwconv2)
+        return _mlp(y, features, *layers, None, self.drop_path)
 
 
 @_accelerates("3f41201c492d", "convnextv2.modeling_convnextv2.ConvNextV2GRN")

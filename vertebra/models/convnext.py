@@ -37,7 +37,7 @@ from ..nn import (
     create_act,
     create_conv2d,
     create_global_pool,
-    linear_act,
+    mlp_add,
     pooled_channels,
     takes_add,
 )
@@ -90,7 +90,9 @@ class Mlp(nn.Module):
         self.fc2 = layer(hidden, channels)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear_act(self.fc2, self.grn(linear_act(self.fc1, x, self.act)), None, residual)
+        if residual is None:
+            return self.fc2(self.grn(self.act(self.fc1(x))))
+        return mlp_add(x, residual, self.fc1, self.act, self.grn, self.fc2)
 
 
 class ConvNeXtBlock(nn.Module):

@@ -9,11 +9,12 @@ from .drop_block import DropBlock2d
 from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .eca import EcaModule
 from .freeze import freeze_batch_norm_2d, unfreeze_batch_norm_2d
-from .fused import FusedConv2d, FusedLinear, MlpNames, linear_act, takes_add
+from .fused import FusedConv2d, FusedLinear
 from .global_avg_pool import GlobalAvgPool2d
 from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
 from .layer_norm import LayerNorm2d
+from .mlp import MlpNames, mlp_add, takes_add
 from .norm_act import (
     BatchNormAct2d,
     FrozenBatchNorm2d,
@@ -67,7 +68,7 @@ __all__ = [
     "create_global_pool",
     "create_norm_act",
     "freeze_batch_norm_2d",
-    "linear_act",
+    "mlp_add",
     "norm_act",
     "pooled_channels",
     "takes_add",

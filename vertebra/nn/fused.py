@@ -6,8 +6,7 @@ taken over stays what comes after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch.fx
 import torch.nn.functional as F
@@ -26,9 +25,19 @@ torch.fx.wrap("_linear_act")
 
 
 class _Repacked(nn.Module):
-    """A layer whose weight may have a packed copy (`vertebra.kernels._onednn`)."""
+    """A layer whose weight may have a packed copy (`vertebra.kernels._onednn`).
+
+    Attributes:
+        packs: on CPUs, keep a copy of the weight that is packed for oneDNN.
+    """
 
     weight: Tensor
+    packs = True
+
+    @property
+    def filters(self) -> Tensor:
+        """The weight as the op takes it, which packs parameters and nothing else."""
+        return self.weight if self.packs else self.weight.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         forget(self.weight)  # moved or converted, it would hold the memory that it leaves
@@ -63,7 +72,7 @@ class FusedConv2d(_Repacked, nn.Conv2d):
         stride: Any = self.stride
         dilation: Any = self.dilation
         return conv2d_act(
-            *(x, self.weight, self.bias, residual, act),
+            *(x, self.filters, self.bias, residual, act),
             stride=stride,
             padding=padding,
             dilation=dilation,
@@ -108,7 +117,7 @@ class FusedLinear(_Repacked, nn.Linear):
     act: ClassVar[str] = "none"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
-        return _linear_act(x, self.weight, self.bias, residual, act)
+        return _linear_act(x, self.filters, self.bias, residual, act)
 
 
 def _linear_act(
@@ -175,42 +184,10 @@ def is_fused_model(model: nn.Module) -> bool:
     return any(isinstance(m, (FusedConv2d, FusedLinear, Folded)) for m in model.modules())
 
 
-class MlpNames(NamedTuple):
-    """Where a block has the MLP whose layers it gives to `linear_act`: its class's MLP."""
-
-    fc1: str
-    fc2: str
-    gamma: str | None = None  # multiplies what leaves fc2
-    refuses: Callable[[Any], str | None] = lambda block: None
-
-
 def is_fused(layer: nn.Module) -> TypeGuard[FusedConv2d | FusedLinear]:
     """Return whether `layer` can run what follows it, and nobody watches it."""
     is_one = isinstance(layer, (FusedConv2d, FusedLinear))
     return is_one and layer.act == "none" and not has_hooks(layer)
-
-
-def takes_add(
-    branch: nn.Module, last: nn.Module, gamma: Tensor | None, drop: nn.Module | None
-) -> bool:
-    """Return whether `last` can run the add that ends a block, with nothing in between.
-
-    Nobody may watch `branch` either, which ends in it.
-    """
-    return is_fused(last) and gamma is None and is_idle(drop) and not has_hooks(branch)
-
-
-def linear_act(
-    layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """Return `act(layer(x) + residual)`, in one op if `vertebra.fuse` made `layer` take it."""
-    if is_fused(layer) and not isinstance(x, torch.fx.Proxy):
-        name = "none" if act is None else fusible_act(act)
-        if name is not None:
-            return layer(x, residual, name)
-    y = layer(x)
-    y = y if residual is None else y + residual
-    return y if act is None else act(y)
 
 
 def epilogue(norm: Folded, act: nn.Module | None, drop: nn.Module | None) -> str | None:
