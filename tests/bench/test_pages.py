@@ -173,7 +173,8 @@ def test_compilation_is_shown_by_what_is_asked(content) -> None:
     assert f"{where} default | 9.0, 4.0 cached | 0.1 |" in text
     assert f"{where} default | 1,000 | 800, 0.80x, **loss** | late |" in text
     assert f"{where} marked | 2, 30.0 s |" in text
-    assert "Of 1 comparisons, ours are 0 faster than" in text
+    assert "Of 2 questions ours win 0, tie in 1 and lose 1." in text
+    assert "a loss: resnet18 layer1.0 inference, steady speed" in text
 
 
 # pages

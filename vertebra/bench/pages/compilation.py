@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from .. import report
+from ..compile.verdicts import payoffs, tally, verdicts
 from ..results import Comparison, Row
 from .charts import shown
 from .markdown import bullets, folded, paragraphs, table
 from .measures import outcome
-from .runs import NO_GPU_RUN, failures, noise, provenance, where
+from .runs import NO_GPU_RUN, failures, provenance, where
 from .sources import Sources
 
 
@@ -28,8 +28,8 @@ def compilation(sources: Sources) -> str:
             for aspect, (title, draw) in _ASPECTS.items()
             if aspect in aspects
         ]
-        steady = replace(run.report, comparisons=aspects.get("steady", []))
-        sentences = [*report.tally(steady), *failures(run.report), *run.report.notes, *noise(run)]
+        paid = (f"{payoff}." for payoff in payoffs(run.report))
+        sentences = [*tally(verdicts(run.report)), *paid, *failures(run.report), *run.report.notes]
         parts += [f"### torch.compile: {where(run.report)}", shown(run)]
         parts += [bullets(sentences), *tables, provenance(run)]
     return paragraphs(*parts)
