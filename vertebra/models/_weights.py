@@ -36,6 +36,7 @@ def export_weights(model: Network, layout: str) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such layout, or that library cannot build the network.
 
+    >>> from vertebra import create_model
     >>> list(export_weights(create_model("resnet18"), "transformers"))[0]
     'resnet.embedder.embedder.convolution.weight'
     """

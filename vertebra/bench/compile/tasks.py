@@ -151,7 +151,7 @@ def notes(report: Report) -> Iterator[str]:
     yield (
         "A start is timed from the call of torch.compile, or of the eager model, to the answer: "
         "imports, the first use of the device and the building of the module are told apart. "
-        f"{settings['starts']} fresh processes per provider, caches of compilers empty."
+        f"Fresh processes per provider, with empty caches: {settings['starts']}."
     )
 
 

@@ -122,6 +122,7 @@ def traffic(sources: Sources) -> str:
     for op, options, ours, eager in sources.traffic:
         line = [code(op), options]
         for mine, theirs in zip(ours, eager, strict=True):
-            line += [f"{mine:.4g}", f"{theirs:.4g}", f"{theirs / mine:.2f}"]
+            ratio = f"{theirs / mine:.2f}" if mine else ""  # an op without a backward pass
+            line += [f"{mine:.4g}", f"{theirs:.4g}", ratio]
         lines.append(line)
     return table(headings, lines, left=2)
