@@ -23,28 +23,40 @@ from ..models._network import Network
 from ..models.convnext import ConvNeXtBlock, ConvNeXtStage
 from ..models.regnet import PreActBlock, ResBottleneckBlock
 from ..models.resnet import BasicBlock, Bottleneck
-from ..nn import EcaModule, GlobalResponseNorm, SqueezeExcite
+from ..nn import BlurPool2d, EcaModule, GlobalResponseNorm, SqueezeExcite
 
 BLOCKS = (BasicBlock, Bottleneck, ResBottleneckBlock, PreActBlock, ConvNeXtBlock)
+_LAYERS = (nn.Conv2d, nn.Conv1d, nn.Linear)
 _GATES = (SqueezeExcite, EcaModule)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad2d, BlurPool2d)
 _MMA_K = 16  # narrower groups leave lanes of a tensor core's instruction empty
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution or linear layer on a map of one image; sizes count elements."""
+    """A convolution or linear layer on a map of one image; sizes count elements.
+
+    Attributes:
+        name: of the module.
+        x_shape: of the input, channels first.
+        y_shape: of the output.
+        kernel: height and width of the window.
+        groups: of channels.
+        pooled_from: the elements of the map that a pool right before it reads, which a kernel
+            around the convolution then reads itself; 0 for no pool.
+    """
 
     name: str
-    x_shape: tuple[int, int, int]
-    y_shape: tuple[int, int, int]
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
+    x_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+    kernel: tuple[int, ...] = (1, 1)
     groups: int = 1
+    pooled_from: int = 0
 
     @property
     def x(self) -> int:
-        """Elements of the input."""
-        return prod(self.x_shape)
+        """Elements of the map that it is computed from."""
+        return self.pooled_from or prod(self.x_shape)
 
     @property
     def y(self) -> int:
@@ -58,7 +70,9 @@ class Conv:
 
     @property
     def read(self) -> int:
-        """Elements of the input that are used: a strided 1x1 passes over most pixels."""
+        """Elements of that map that are used: a strided 1x1 passes over most pixels."""
+        if self.pooled_from:
+            return self.pooled_from
         channels, *size = self.x_shape
         used = [
             min(n, out * k) for n, out, k in zip(size, self.y_shape[1:], self.kernel, strict=True)
@@ -99,8 +113,9 @@ class Part:
         convs: of the main path, in order.
         shortcut: the projection, if there is one.
         adds: whether something is added.
-        gate_after: the index of the convolution that a squeeze and excitation follows.
-        pool: the shapes of the input and output of a stem's pool.
+        gate: the layers of a squeeze and excitation.
+        gate_after: the index of the convolution that it follows.
+        pool: the elements that a stem's pool reads and writes.
         grn: whether there is a global response norm in a ConvNeXt block's MLP.
     """
 
@@ -109,29 +124,35 @@ class Part:
     convs: list[Conv] = field(default_factory=list[Conv])
     shortcut: Conv | None = None
     adds: bool = False
+    gate: list[Conv] = field(default_factory=list[Conv])
     gate_after: int | None = None
     pool: tuple[int, int] | None = None
     grn: bool = False
 
     @property
     def all_convs(self) -> list[Conv]:
-        """All convolutions of the part."""
-        return self.convs + ([self.shortcut] if self.shortcut else [])
+        """All convolutions of the part, those of the gate included."""
+        return self.convs + self.gate + ([self.shortcut] if self.shortcut else [])
 
     @property
     def x(self) -> int:
         """Elements that enter."""
-        return self.convs[0].x
+        return self.convs[0].x if self.convs else 0
 
     @property
     def y(self) -> int:
         """Elements that leave."""
-        return self.convs[-1].y
+        return self.convs[-1].y if self.convs else 0
+
+    @property
+    def gated(self) -> Conv | None:
+        """The convolution whose output the squeeze and excitation scales."""
+        return None if self.gate_after is None else self.convs[self.gate_after]
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A network's parts, in order, for one image of `image_size`."""
+    """A network's parts for one image of `image_size`, in order: the stem first, the head last."""
 
     name: str
     family: str
@@ -141,9 +162,15 @@ class Anatomy:
     macs: int
 
     @cached_property
-    def by_module(self) -> dict[str, str]:
-        """The part that each convolution, by the name of its module, belongs to."""
-        return {conv.name: part.name for part in self.parts for conv in part.all_convs}
+    def owners(self) -> dict[str, str]:
+        """The part of each module, by name, whose layers all belong to one."""
+        parts: dict[str, set[str]] = {}
+        for part in self.parts:
+            for conv in part.all_convs:
+                words = conv.name.split(".")
+                for i in range(len(words)):
+                    parts.setdefault(".".join(words[: i + 1]), set()).add(part.name)
+        return {module: next(iter(of)) for module, of in parts.items() if len(of) == 1}
 
 
 def on_meta(model: nn.Module | str) -> Any:
@@ -151,7 +178,11 @@ def on_meta(model: nn.Module | str) -> Any:
     if isinstance(model, str):
         with torch.device("meta"):
             return create_model(model)
-    return copy.deepcopy(model).to("meta")
+    there: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
+    there |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, there)
 
 
 def macs(model: nn.Module | str, image_size: int = 224) -> int:
@@ -177,6 +208,8 @@ def dissect(model: nn.Module | str, image_size: int = 224) -> Anatomy:
     knife = _Knife(network)
     with torch.no_grad(), knife.hooked(), FlopCounterMode(display=False) as counter:
         network(_image(network, image_size))
+    if knife.parts[-1].kind != "head":  # it has no classifier, and pools
+        knife.parts.append(Part("head", "head"))
     name = model if isinstance(model, str) else type(model).__name__
     params = sum(p.numel() for p in network.parameters())
     work = counter.get_total_flops() // 2
@@ -199,6 +232,7 @@ class _Knife:
             if isinstance(stage, ConvNeXtStage) and isinstance(stage.downsample, nn.Sequential)
         }
         self._gates = [name for m, name in self._names.items() if isinstance(m, _GATES)]
+        self._pooled: dict[int, tuple[Tensor, int]] = {}
         self.parts: list[Part] = []
 
     @contextmanager
@@ -216,19 +250,34 @@ class _Knife:
         part = self._part(name, module)
         if part is None:
             return
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and not _is_within(name, self._gates):
-            conv = _conv(name, module, args[0], y)
-            block = self._blocks.get(part.name)
-            if block is not None and module in _shortcut_of(block):
-                part.shortcut = conv
-            else:
-                part.convs.append(conv)
-        elif name in self._gates:
+        if isinstance(module, _POOLS):
+            self._pool(part, args[0], y)
+        elif isinstance(module, _LAYERS):
+            self._layer(part, module, _conv(name, module, args[0], y, self._before_pool(args[0])))
+        elif isinstance(module, _GATES):
             part.gate_after = len(part.convs) - 1
-        elif isinstance(module, nn.MaxPool2d):
-            part.pool = prod(args[0].shape[1:]), prod(y.shape[1:])
         elif isinstance(module, GlobalResponseNorm):
             part.grn = True
+
+    def _layer(self, part: Part, module: nn.Module, conv: Conv) -> None:
+        block = self._blocks.get(part.name)
+        if _is_within(conv.name, self._gates):
+            part.gate.append(conv)
+        elif block is not None and module in _shortcut_of(block):
+            part.shortcut = conv
+        else:
+            part.convs.append(conv)
+
+    def _pool(self, part: Part, x: Tensor, y: Tensor) -> None:
+        if part.name == "stem":
+            before = part.pool[0] if part.pool else x.numel()
+            part.pool = before, y.numel()
+        else:
+            self._pooled[id(y)] = y, self._before_pool(x) or x.numel()
+
+    def _before_pool(self, x: Tensor) -> int:
+        _, elements = self._pooled.get(id(x), (x, 0))
+        return elements
 
     def _part(self, name: str, module: nn.Module) -> Part | None:
         """Return the part that a module belongs to, which may begin with it."""
@@ -238,7 +287,7 @@ class _Knife:
         found = next((d for d in self._downsamples if _is_within(name, [d])), None)
         if found is not None:
             return self._named(found, "plain", False)
-        if not isinstance(module, (nn.Conv2d, nn.Linear, nn.MaxPool2d)):
+        if not isinstance(module, (*_LAYERS, *_POOLS)):
             return None
         if isinstance(module, nn.Linear):
             return self._named("head", "head", False)
@@ -269,11 +318,10 @@ def _shortcut_of(block: Any) -> set[nn.Module]:
     return set(shortcut.modules()) if shortcut is not None else set()
 
 
-def _conv(name: str, module: Any, x: Tensor, y: Tensor) -> Conv:
+def _conv(name: str, module: Any, x: Tensor, y: Tensor, pooled_from: int) -> Conv:
     if isinstance(module, nn.Linear):
         _, *size, channels = x.shape
         H, W = size or (1, 1)
         return Conv(name, (channels, H, W), (module.out_features, H, W))
-    shape: Any = tuple(x.shape[1:])
-    out: Any = tuple(y.shape[1:])
-    return Conv(name, shape, out, module.kernel_size, module.stride, module.groups)
+    kernel, shapes = module.kernel_size, (tuple(x.shape[1:]), tuple(y.shape[1:]))
+    return Conv(name, *shapes, kernel, module.groups, pooled_from)

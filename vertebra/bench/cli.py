@@ -58,7 +58,10 @@ Floor = Annotated[
 _FLOOR = "With --floor"
 Machine = Annotated[
     str | None,
-    typer.Option(rich_help_panel=_FLOOR, help="Whose rates: h200-bf16 (measured here)."),
+    typer.Option(
+        rich_help_panel=_FLOOR,
+        help="Whose rates: h200, which also means --dtype bf16 --batch 256 (measured here).",
+    ),
 ]
 Bandwidth = Annotated[
     float | None, typer.Option(rich_help_panel=_FLOOR, help="GB/s, read and written.")
@@ -68,6 +71,12 @@ TensorRate = Annotated[
 ]
 FmaRate = Annotated[
     float | None, typer.Option(rich_help_panel=_FLOOR, help="TFLOP/s of other arithmetic.")
+]
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_FLOOR, help="Also list the kernels of parts with this in their name."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the file of --json.")]
 
@@ -198,6 +207,7 @@ def _models(
     bandwidth: Bandwidth = None,
     tensor_rate: TensorRate = None,
     fma_rate: FmaRate = None,
+    kernels: Kernels = None,
 ) -> None:
     from .models import tasks
     from .workload import VARIANTS
@@ -286,9 +296,15 @@ def _floors(kind: str, options: dict[str, Any]) -> None:
         "tensor": given("tensor_rate", 1e12),
         "fma": given("fma_rate", 1e12),
     }
+    if options["machine"] is not None:
+        options = {
+            **options,
+            "dtype": options["dtype"] or "bf16",
+            "batch": options["batch"] or (None if options["tiny"] else "256"),
+        }
     try:
         settings = _settings(kind, options, ())
-        floors.run(
+        finished = floors.run(
             chosen(options["names"] or [], settings),
             settings,
             training=kind == "train",
@@ -296,11 +312,13 @@ def _floors(kind: str, options: dict[str, Any]) -> None:
             rates=rates,
             console=console(150),
             say=log().print,
+            kernels_of=options["kernels"],
             plots=options["plot"],
             data=options["json"],
         )
     except ValueError as error:
         raise usage_error(error) from None
+    raise typer.Exit(0 if finished else INTERRUPTED)
 
 
 @bench.command("compile")

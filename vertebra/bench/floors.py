@@ -1,9 +1,10 @@
-"""`bench models --floor`: rooflines as tables, charts and JSON, and measured times beside them."""
+"""`bench models --floor`: rooflines as tables and JSON, and measured times beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from rich.console import Console
 from .. import create_model
 from . import ceilings, environment
 from .ceilings import DTYPES
+from .floor_chart import plot
+from .part_times import PartTimes, measure_parts
 from .report import plain_table
-from .roofline import PRESETS, WAYS, Roofline, bound_of, draw, measure_parts, rates_of
+from .roofline import PRESETS, WAYS, Roofline, draw, rates_of
 from .runner import settle_threads
-from .schedules import Rates
+from .schedules import Kernel, Rates
 from .settings import Settings
 
 
@@ -29,9 +32,10 @@ def run(
     rates: dict[str, float | None],
     console: Console,
     say: Callable[[str], None],
+    kernels_of: str | None = None,
     plots: Path | None = None,
     data: Path | None = None,
-) -> None:
+) -> bool:
     """Show the roofline of every model and batch; with the rates of this machine, times as well.
 
     Args:
@@ -42,37 +46,42 @@ def run(
         rates: by the fields of `Rates`; what is not None goes before the machine's.
         console: where the tables go.
         say: told what comes next.
+        kernels_of: also list the kernels of the parts whose name has this.
         plots: where to draw; with several rooflines, each to a file of its own beside it.
         data: where to write all of it as JSON.
+
+    Returns:
+        Whether it came to its end; after Ctrl-C, what there was is shown and written.
     """
-    chosen = _rates(settings, machine, rates, say)
     here = machine is None and not any(rates.values())
-    found: list[tuple[Roofline, dict[str, float] | None]] = []
-    for name in names:
-        for batch in settings.batches:
-            say(f"{name}, batch {batch}")
-            roofline = draw(
-                name,
-                chosen,
-                training=training,
-                batch=batch,
-                image_size=settings.image_size,
-                dtype=DTYPES[settings.dtype],
-            )
-            measured = _measured(roofline, settings) if here and not training else None
-            show(roofline, console)
-            show_parts(roofline, console, measured)
-            found.append((roofline, measured))
-    if plots is not None:
-        for roofline, measured in found:
-            path = plots
-            if len(found) > 1:
-                path = plots.with_stem(f"{plots.stem}-{roofline.anatomy.name}-{roofline.batch}")
-            plot(roofline, path, measured)
+    found: list[Roofline] = []
+    try:
+        chosen = _rates(settings, machine, rates, say)
+        for name in names:
+            for batch in settings.batches:
+                say(f"{name}, batch {batch}")
+                roofline = draw(
+                    name,
+                    chosen,
+                    training=training,
+                    batch=batch,
+                    image_size=settings.image_size,
+                    dtype=DTYPES[settings.dtype],
+                )
+                if here:
+                    roofline = replace(roofline, measured=_measured(roofline, settings, say))
+                found.append(roofline)
+                show(roofline, console)
+                show_parts(roofline, console)
+                if kernels_of is not None:
+                    show_kernels(roofline, kernels_of, console)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return False
+    finally:
+        for path in _write(found, settings, plots, data):
             say(f"written: {path}")
-    if data is not None:
-        _write(data, settings, found)
-        say(f"written: {data}")
+    return True
 
 
 def _rates(
@@ -89,7 +98,13 @@ def _rates(
     if machine is not None:
         if machine not in PRESETS:
             raise ValueError(f"machines are {', '.join(PRESETS)}; got {machine!r}")
-        return PRESETS[machine]._replace(**named)
+        known = PRESETS[machine]
+        if settings.dtype not in known:
+            raise ValueError(
+                f"the rates of {machine} are for {', '.join(known)}; got dtype "
+                f"{settings.dtype!r}: give --bandwidth, --tensor-rate and --fma-rate"
+            )
+        return known[settings.dtype]._replace(**named)
     device = torch.device(settings.device)
     if device.type == "cpu":
         settle_threads()
@@ -97,26 +112,40 @@ def _rates(
     return rates_of(measured, DTYPES[settings.dtype])._replace(**named)
 
 
-def _measured(roofline: Roofline, settings: Settings) -> dict[str, float]:
+def _measured(
+    roofline: Roofline, settings: Settings, say: Callable[[str], None]
+) -> PartTimes | None:
     """Return the seconds of each part, on random numbers: what they are costs nothing."""
     device, size = torch.device(settings.device), settings.image_size
-    model: Any = create_model(roofline.anatomy.name).eval().to(device, roofline.dtype)
-    model = model.to(memory_format=torch.channels_last)
+    model: Any = create_model(roofline.anatomy.name).train(roofline.training)
+    model = model.to(device, roofline.dtype).to(memory_format=torch.channels_last)
     images = torch.randn(roofline.batch, 3, size, size, device=device, dtype=roofline.dtype)
     images = images.contiguous(memory_format=torch.channels_last)
-    return measure_parts(model, images, roofline.anatomy, settings.rounds)
+    try:
+        return measure_parts(model, images, roofline.anatomy, settings.rounds)
+    except torch.OutOfMemoryError:
+        say(f"not timed: a batch of {roofline.batch} does not fit the memory of {device}")
+        return None
 
 
 def _write(
-    path: Path, settings: Settings, found: Sequence[tuple[Roofline, dict[str, float] | None]]
-) -> None:
-    content = {
-        "kind": "floors",
-        "environment": environment.describe(torch.device(settings.device)),
-        "rooflines": [{**r.to_dict(), "measured_s": measured} for r, measured in found],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    found: Sequence[Roofline], settings: Settings, plots: Path | None, data: Path | None
+) -> Iterable[Path]:
+    for roofline in found if plots is not None else ():
+        path: Any = plots
+        if len(found) > 1:
+            path = path.with_stem(f"{path.stem}-{roofline.anatomy.name}-{roofline.batch}")
+        plot(roofline, path)
+        yield path
+    if data is not None and found:
+        content = {
+            "kind": "floors",
+            "environment": environment.describe(torch.device(settings.device)),
+            "rooflines": [roofline.to_dict() for roofline in found],
+        }
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(content, indent=1) + "\n")
+        yield data
 
 
 def show(roofline: Roofline, console: Console) -> None:
@@ -136,8 +165,7 @@ def show(roofline: Roofline, console: Console) -> None:
     eager = found.schedules["eager"].floor(found.rates)
     for way, s in found.schedules.items():
         floor = s.floor(found.rates)
-        waits = sum(k.floor(found.rates) for k in s.kernels if bound_of(k, found.rates) == "memory")
-        saved = f"{s.saved_bytes / found.batch / 1e6:.1f}" if s.saved_bytes and way != "ops" else ""
+        saved = f"{s.saved_bytes / found.batch / 1e6:.1f}" if way != "ops" else ""
         table.add_row(
             WAYS[way],
             str(len(s.kernels)),
@@ -146,8 +174,8 @@ def show(roofline: Roofline, console: Console) -> None:
             _us(floor / found.batch),
             f"{found.batch / floor:,.0f}",
             f"{eager / floor:.2f}",
-            f"{waits / floor:.0%}",
-            saved if found.training else f"{found.latency(way) * 1e6:,.0f}",
+            f"{found.waits(s.kernels)['memory'] / floor:.0%}",
+            saved if found.training else _us(found.latency(way)),
         )
     console.print(table)
     rates = found.rates
@@ -158,87 +186,54 @@ def show(roofline: Roofline, console: Console) -> None:
     )
 
 
-def show_parts(
-    roofline: Roofline, console: Console, measured: dict[str, float] | None = None
-) -> None:
+def show_parts(roofline: Roofline, console: Console) -> None:
     """Print one line per part: bytes and floor in every schedule, and the time measured here."""
-    table = plain_table(f"{roofline.anatomy.name}, part by part, per image", "part")
+    found, measured = roofline, roofline.measured
+    table = plain_table(f"{found.anatomy.name}, part by part, per image", "part")
     table.add_column("MFLOP", justify="right", no_wrap=True)
-    for way in roofline.schedules:
+    for way in found.schedules:
         for heading in (f"{way} MB", "us"):
             table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("bound", no_wrap=True)
     if measured is not None:
-        for heading in ("measured us", "x floor"):
+        for heading in ("measured us", f"x {measured.way}"):
             table.add_column(heading, justify="right", no_wrap=True)
-    ways = {way: roofline.parts(way) for way in roofline.schedules}
+    ways = {way: found.parts(way) for way in found.schedules}
     for part, kernels in ways["eager"].items():
-        flops = sum(k.tensor_flops + k.fma_flops for k in kernels)
-        cells = [part, f"{flops / roofline.batch / 1e6:,.0f}"]
-        for found in ways.values():
-            moved = sum(k.bytes for k in found.get(part, []))
-            floor = sum(k.floor(roofline.rates) for k in found.get(part, []))
-            cells += [f"{moved / roofline.batch / 1e6:.2f}", _us(floor / roofline.batch)]
-        bounds = {bound_of(kernel, roofline.rates) for kernel in ways["ops"].get(part, [])}
-        cells.append(" ".join(sorted(bounds)))
+        cells = [part, f"{sum(k.flops for k in kernels) / found.batch / 1e6:,.0f}"]
+        for parts in ways.values():
+            moved = sum(k.bytes for k in parts[part])
+            cells += [f"{moved / found.batch / 1e6:.2f}", _bounded(found, parts[part])]
         if measured is not None:
-            floor = sum(k.floor(roofline.rates) for k in ways["ops"].get(part, []))
-            spent = measured.get(part, 0.0)
-            cells += [_us(spent / roofline.batch), f"{spent / floor:.2f}" if floor else ""]
+            spent, floor = measured.seconds.get(part, 0.0), found.floors(measured.way)[part]
+            cells += [_us(spent / found.batch), f"{spent / floor:.2f}" if floor else ""]
         table.add_row(*cells)
     console.print(table)
+    console.print("waits for: m memory, t matrix products, f other arithmetic", highlight=False)
+
+
+def show_kernels(roofline: Roofline, match: str, console: Console) -> None:
+    """Print one line per kernel of the parts whose name has `match`."""
+    found = roofline
+    for way in found.schedules:
+        table = plain_table(f"{WAYS[way]}, kernel by kernel, per image", "part")
+        table.add_column("kernel", no_wrap=True)
+        for heading in ("MB", "MFLOP", "us"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for part, kernels in found.parts(way).items():
+            for k in kernels if match in part else ():
+                work = f"{k.flops / found.batch / 1e6:,.1f}" if k.flops else ""
+                moved = f"{k.bytes / found.batch / 1e6:.3f}"
+                table.add_row(part, k.name, moved, work, _bounded(found, [k]))
+        console.print(table)
+
+
+def _bounded(roofline: Roofline, kernels: Sequence[Kernel]) -> str:
+    """Return the floor of kernels in microseconds, and the initial of what most of it waits for."""
+    waits = roofline.waits(kernels)
+    longest = max(waits, key=waits.__getitem__)
+    return f"{_us(sum(waits.values()) / roofline.batch)} {longest[0]}"
 
 
 def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:.4g}" if seconds < 1e-3 else f"{seconds * 1e6:,.0f}"
-
-
-_COLOURS = {"memory": "#4878cf", "tensor": "#e08b3e", "fma": "#6aa56e"}
-_BOUNDS = {"memory": "memory", "tensor": "matrix products", "fma": "other arithmetic"}
-
-
-def plot(roofline: Roofline, path: Path, measured: dict[str, float] | None = None) -> None:
-    """Draw each schedule as a row of bars, a part each, by what its kernels wait for.
-
-    What was measured stands as dots over our own schedule's bars.
-    """
-    from matplotlib.figure import Figure
-
-    ways = list(roofline.schedules)
-    parts = list(roofline.parts("eager"))
-    figure = Figure(figsize=(max(8, 0.34 * len(parts) + 3), 1.9 * len(ways) + 1.2))
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(len(ways), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    per_image = 1e6 / roofline.batch
-    for axis, way in zip(axes, ways, strict=True):
-        bottom = [0.0] * len(parts)
-        found = roofline.parts(way)
-        for bound, colour in _COLOURS.items():
-            heights = [
-                per_image
-                * sum(
-                    k.floor(roofline.rates)
-                    for k in found.get(part, [])
-                    if bound_of(k, roofline.rates) == bound
-                )
-                for part in parts
-            ]
-            if any(heights) or way == ways[0]:
-                label = _BOUNDS[bound] if way == ways[0] else None
-                axis.bar(parts, heights, 0.8, bottom, color=colour, label=label)
-            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-        total = roofline.schedules[way].floor(roofline.rates) * per_image
-        axis.set_title(f"{WAYS[way]}: {_us(total / 1e6)} us", loc="left", fontsize=10)
-        if measured is not None and way == "ops":
-            times = [per_image * measured.get(part, 0.0) for part in parts]
-            axis.plot(parts, times, "o", color="black", markersize=4, label="measured")
-            axis.legend(frameon=False, fontsize=9)
-        axis.set_ylabel("us / image")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
-    axes[-1].tick_params(axis="x", labelrotation=90)
-    kind = "forward + backward" if roofline.training else "inference"
-    dtype = str(roofline.dtype).removeprefix("torch.")
-    figure.suptitle(f"{roofline.anatomy.name}, {kind}, batch {roofline.batch}, {dtype}: floors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    us = 1e6 * seconds
+    return f"{us:.2f}" if us < 100 else f"{us:,.0f}"

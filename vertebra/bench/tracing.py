@@ -16,16 +16,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import backend
 from ..kernels._op import Op, observe
 from ..testing.traffic import NO_TRAFFIC, read_by, tensors_in
 from .anatomy import Anatomy, Conv, on_meta
+from .places import Places
 from .schedules import Kernel, Schedule
 
 
@@ -47,10 +44,10 @@ def trace(
     images = torch.empty(batch, network.in_chans, size, size, dtype=dtype, device="meta")
     images = images.to(memory_format=torch.channels_last)
     schedule = Schedule(way, training, batch, dtype.itemsize)
-    tracer = _Tracer(network, [part.name for part in anatomy.parts], schedule)
+    tracer = _Tracer(network, anatomy, schedule)
     with ExitStack() as stack:
         stack.enter_context(backend("eager" if way == "eager" else "auto"))
-        stack.enter_context(tracer.placed())
+        stack.enter_context(tracer.places.followed())
         if way == "ops":
             stack.enter_context(tracer.fused())
         stack.enter_context(torch.set_grad_enabled(training))
@@ -83,54 +80,21 @@ def _identity(t: Tensor) -> int:
     return t.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-_FUSED = ""  # the part of autograd's nodes that an op has in its own backward pass
-
-
 class _Tracer(TorchDispatchMode):
     """Adds a kernel to the schedule for every operation."""
 
-    def __init__(self, network: nn.Module, parts: list[str], schedule: Schedule) -> None:
+    def __init__(self, network: nn.Module, anatomy: Anatomy, schedule: Schedule) -> None:
         super().__init__()
-        self._names = {module: name for name, module in network.named_modules()}
-        self._parts, self._schedule = parts, schedule
-        self._path = [parts[0]]
-        self._of: dict[Any, str] = {}  # the part of each node of autograd's graph
-        self._muted = 0
+        self.places = Places(network, anatomy, self._entered, self._claim)
+        self._schedule = schedule
+        # of each node of autograd's graph: its part, or the kernel that an op's backward pass is
+        self._of: dict[Any, str | int] = {}
+        self._within: int | None = None  # the kernel of the op that runs
 
-    @contextmanager
-    def placed(self) -> Generator[None]:
-        """Follow which part runs, and which nodes of autograd's graph it leaves."""
-        hooks = [  # no module's own: one that has its own is not fused
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _entered(self, name: str, args: Any, outer: str) -> None:
+        self._claim(args, outer)
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._claim(args, self._path[-1])
-        name = self._names[module]
-        inside = (p for p in self._parts if name == p or name.startswith(f"{p}."))
-        self._path.append(next(inside, None) or self._beside(module))
-
-    def _beside(self, module: nn.Module) -> str:
-        """Return the part of a module that lies in no block."""
-        outer = self._path[-1]
-        if outer in self._names.values():
-            return outer  # within a block
-        is_new = isinstance(module, nn.Linear) and outer != self._parts[0]
-        return self._parts[-1] if is_new else outer
-
-    def _leave(self, module: nn.Module, args: Any, y: Any) -> None:
-        part = self._path.pop()
-        self._claim(y, part)
-        if part in self._names.values() and self._path[-1] == self._parts[0]:
-            self._path[:] = [self._parts[-1]] * len(self._path)  # behind the first block
-
-    def _claim(self, values: Any, part: str) -> None:
+    def _claim(self, values: Any, part: str | int) -> None:
         """Give the nodes that led to `values`, and have no part yet, to `part`."""
         rest = [t.grad_fn for t in tensors_in(values) if t.grad_fn is not None]
         while rest:
@@ -145,16 +109,16 @@ class _Tracer(TorchDispatchMode):
         run = Op.__call__
 
         def whole(op: Op, *args: Any) -> Any:
-            part = self._path[-1]
+            if self._within is not None:
+                return run(op, *args)
+            part = self.places.part
             self._claim(args, part)
-            self._muted += 1
-            y = run(op, *args)
-            self._muted -= 1
             forward, backward = op.traffic(*args)
-            self._add(part, op.name, forward)
+            self._within = self._add(Kernel(part, op.name, forward))
+            y = run(op, *args)
+            self._within = None
             if any(t.requires_grad for t in tensors_in(y)):
-                self._add(part, f"{op.name} backward", backward)
-            self._claim(y, _FUSED)
+                self._claim(y, self._add(Kernel(part, f"{op.name} backward", backward)))
             return y
 
         with patch.object(Op, "__call__", whole), observe(lambda _: None):  # nothing is replayed
@@ -167,22 +131,37 @@ class _Tracer(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name.startswith("convolution"):
             result = _in_channels_last(result)
-        part = self._part()
-        if name not in _FREE and not func.is_view and not self._muted and part != _FUSED:
-            split = _SPLIT.get(name, _whole)
-            for kind, tensors, conv, batch in split(name, args, result):
-                self._add(part, kind, sum(map(_bytes, tensors)), conv, batch)
+        if name in _FREE or func.is_view:
+            return result
+        place = self._place()
+        for kind, tensors, conv, batch in _SPLIT.get(name, _whole)(name, args, result):
+            tensor, fma = (0, 0) if conv is None else (conv.tensor_flops, conv.fma_flops)
+            if isinstance(place, str):
+                moved = sum(map(_bytes, tensors))
+                self._add(Kernel(place, kind, moved, batch * tensor, batch * fma))
+            else:
+                self._work(place, batch * tensor, batch * fma)
         return result
 
-    def _part(self) -> str:
+    def _place(self) -> str | int:
+        """Return the part of the operation that runs, or the kernel that it is within."""
+        if self._within is not None:
+            return self._within
         node: Any = torch._C._current_autograd_node()  # pyright: ignore
-        return self._path[-1] if node is None else self._of.get(node, self._path[-1])
+        return self.places.part if node is None else self._of.get(node, self.places.part)
 
-    def _add(
-        self, part: str, name: str, moved: float, conv: Conv | None = None, batch: int = 0
-    ) -> None:
-        flops = (0.0, 0.0) if conv is None else (conv.tensor_flops, conv.fma_flops)
-        self._schedule.kernels.append(Kernel(part, name, moved, *(batch * n for n in flops)))
+    def _add(self, kernel: Kernel) -> int:
+        """Add a kernel and return its place."""
+        self._schedule.kernels.append(kernel)
+        return len(self._schedule.kernels) - 1
+
+    def _work(self, place: int, tensor_flops: float, fma_flops: float) -> None:
+        """Let a kernel compute more."""
+        kernel = self._schedule.kernels[place]
+        self._schedule.kernels[place] = kernel._replace(
+            tensor_flops=kernel.tensor_flops + tensor_flops,
+            fma_flops=kernel.fma_flops + fma_flops,
+        )
 
 
 _FREE = (*NO_TRAFFIC, "_unsafe_view")
@@ -192,7 +171,9 @@ def _in_channels_last(result: Any) -> Any:
     """Return maps as a GPU would, whose convolutions keep channels_last; those of meta do not."""
     if isinstance(result, tuple):
         dx, *rest = result
-        return (None if dx is None else _in_channels_last(dx), *rest)
+        return (_in_channels_last(dx), *rest)
+    if result is None or result.dim() != 4:  # an image's gradient, a convolution over channels
+        return result
     return torch.empty_like(result, memory_format=torch.channels_last)
 
 
@@ -210,11 +191,8 @@ def _whole(name: str, args: tuple[Any, ...], result: Any) -> _Kernels:
     yield name, [*tensors_in((read_by(name, args), result))], None, 0
 
 
-def _convolved(x: Tensor, weight: Tensor, y: Tensor, stride: Any, groups: int) -> Conv:
-    kernel: Any = tuple(weight.shape[2:])
-    x_shape: Any = tuple(x.shape[1:])
-    y_shape: Any = tuple(y.shape[1:])
-    return Conv("", x_shape, y_shape, kernel, tuple(stride), groups)
+def _convolved(x: Tensor, weight: Tensor, y: Tensor, groups: int) -> Conv:
+    return Conv("", tuple(x.shape[1:]), tuple(y.shape[1:]), tuple(weight.shape[2:]), groups)
 
 
 def _used(x: Tensor, conv: Conv) -> Tensor:
@@ -223,15 +201,15 @@ def _used(x: Tensor, conv: Conv) -> Tensor:
 
 
 def _convolution(name: str, args: tuple[Any, ...], y: Tensor) -> _Kernels:
-    x, weight, bias, stride, *_, groups = args
-    conv = _convolved(x, weight, y, stride, groups)
+    x, weight, bias, *_, groups = args
+    conv = _convolved(x, weight, y, groups)
     yield name, [*tensors_in((_used(x, conv), weight, bias, y))], conv, len(x)
 
 
 def _convolution_backward(name: str, args: tuple[Any, ...], result: Any) -> _Kernels:
-    dy, x, weight, _, stride, *_, groups, _ = args
+    dy, x, weight, *_, groups, _ = args
     dx, dweight, dbias = result
-    conv = _convolved(x, weight, dy, stride, groups)
+    conv = _convolved(x, weight, dy, groups)
     if dx is not None:
         yield f"{name} dx", [dy, weight, dx], conv, len(x)
     if dweight is not None:
