@@ -129,16 +129,6 @@ def test_a_wrong_answer_is_shown(content) -> None:
     assert "| max-autotune | WRONG |" in text
 
 
-def test_what_there_was_no_time_for_is_one_sentence(content) -> None:
-    run = model("resnet50", "forward", 5.0, 10.0, device="AMD EPYC")
-    late = Comparison("resnet50 sgd", [Row(name, True, "late", "no time") for name in "ab"])
-    run.kind, run.comparisons = "main", [*run.comparisons, late]
-    text = content("headline", main=run)
-    assert "resnet50 sgd: not measured, the time of the run did not suffice." in text
-    assert "no time" not in text
-    assert text.splitlines()[0].count("fastest peer") == 1
-
-
 def test_the_headline_is_a_gpus_where_there_is_one(content) -> None:
     main = model("resnet50", "forward", 5.0, 10.0, device="AMD EPYC")
     main.kind = "main"

@@ -32,23 +32,11 @@ def noise(run: Result) -> Iterator[str]:
 
 def failures(found: Report) -> Iterator[str]:
     """Say of every row without an answer why it has none."""
-    yield from _too_late(found)
     for comparison in found.comparisons:
-        for row in () if _late(comparison) else comparison.rows:
+        for row in comparison.rows:
             if row.detail:
                 detail = " ".join(row.detail.split())
                 yield f"{comparison.name}, {row.provider}: {row.status}, {detail}"
-
-
-def _late(comparison: Comparison) -> bool:
-    return all(row.status == "late" for row in comparison.rows)
-
-
-def _too_late(found: Report) -> Iterator[str]:
-    """Name the comparisons that the time did not suffice for."""
-    for comparison in found.comparisons:
-        if _late(comparison):
-            yield f"{comparison.name}: not measured, the time of the run did not suffice."
 
 
 def provenance(run: Result) -> str:
@@ -77,13 +65,12 @@ def where(found: Report) -> str:
 
 def _side_by_side(run: Result) -> str:
     found = run.report
-    shown_here = [c for c in found.comparisons if not _late(c)]
-    providers = list(dict.fromkeys(row.provider for c in shown_here for row in c.rows))
+    providers = list(dict.fromkeys(row.provider for c in found.comparisons for row in c.rows))
     headings = [""]
-    for comparison in shown_here:
+    for comparison in found.comparisons:
         headings += [f"{_short(comparison)}, img/s", "x fastest peer"]
     lines = [
-        [_emphasised(name, found), *(cell for c in shown_here for cell in _pair(c, name))]
+        [_emphasised(name, found), *(cell for c in found.comparisons for cell in _pair(c, name))]
         for name in providers
     ]
     return table(headings, lines)
@@ -187,8 +174,7 @@ def headline(sources: Sources) -> str:
         return paragraphs(*tables, shown(on_gpu[0]))
     parts: list[str] = []
     for run in sources.of("main")[:1]:
-        found = run.report
-        sentences = " ".join((*report.sentences(found), *_too_late(found), *noise(run)))
+        sentences = " ".join((*report.sentences(run.report), *noise(run)))
         parts = [_side_by_side(run), f"{sentences} {provenance(run)}"]
     counted = (
         "No GPU run has been committed yet. What GPU kernels save can be counted: maps of the size "
