@@ -95,6 +95,24 @@ def elements_read(a: Arguments) -> int:
     return N * C * H * W
 
 
+def site(a: Arguments) -> str:
+    """Return what tuning tables call a convolution: all of a call but its batch and activation."""
+    (_, C, H, W), (K, _, R, S) = a.x.shape, a.weight.shape
+    words = [f"{C}x{H}x{W} > {K} {R}x{S}"]
+    for name, (down, right), usual in (
+        ("stride", a.stride, 1),
+        ("pad", a.padding, 0),
+        ("dilation", a.dilation, 1),
+    ):
+        if (down, right) != (usual, usual):
+            words.append(f"{name} {down}" if down == right else f"{name} {down}x{right}")
+    words += [f"groups {a.groups}"] if a.groups > 1 else []
+    words.append(str(a.x.dtype).removeprefix("torch."))
+    words += ["ieee"] if a.precision == "ieee" else []
+    words += ["channels first"] if memory_format(a.x) == torch.contiguous_format else []
+    return " ".join(words + (["residual"] if a.residual is not None else []))
+
+
 def check(*args: object) -> None:
     """Raise unless the arguments of a call are what the contract says."""
     name, a = "conv2d_act", Arguments(*args)  # pyright: ignore[reportArgumentType]

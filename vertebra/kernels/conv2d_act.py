@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _onednn
+from . import _choices, _onednn
 from ._act import finish
-from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision
+from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision, site
 from ._op import Choice, Op, Traffic, define, has_kernels, refuses, wants_grad
 
 
@@ -83,11 +83,11 @@ def _autocast(
 
 def _eager(*args: Any) -> Tensor:
     a = Arguments(*args)
-    y = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+    own = None if a.bias is None or a.scale is not None else a.bias.to(a.x.dtype)
+    y = F.conv2d(a.x, a.weight, own, a.stride, a.padding, a.dilation, a.groups)
     if a.scale is not None:
         y = y * a.scale[:, None, None]
-    if a.bias is not None:
-        y = y + a.bias[:, None, None]
+        y = y if a.bias is None else y + a.bias[:, None, None]
     y = y.to(a.x.dtype).contiguous(memory_format=memory_format(a.x))
     return finish(y, a.residual, a.act)
 
@@ -110,7 +110,8 @@ def _empty(a: Arguments, device: torch.device) -> Tensor:
 )
 def _forward(*args: Any) -> Tensor:
     """Run the candidate that is named, or else that is best for the sizes of this call."""
-    name = args[-1] or next(n for n in _ranked(*args) if _refuses_as(n, *args) is None)
+    ranked = (name for name, _ in _ranked(Arguments(*args)))
+    name = args[-1] or next(name for name in ranked if _refuses_as(name, *args) is None)
     return _candidate(name).compute(_as(name, *args))
 
 
@@ -203,22 +204,22 @@ def _refuses_cudnn_fused(a: Arguments) -> str | None:
     return None
 
 
+def _on_onednn(a: Arguments) -> Tensor:
+    y = _onednn.conv2d(a) if torch.backends.mkldnn.enabled else _eager(*a)
+    return y.contiguous(memory_format=memory_format(a.x))
+
+
+def _refuses_onednn(a: Arguments) -> str | None:
+    if wants_grad(*a[:5]):
+        return "a gradient is wanted (oneDNN's epilogue is for inference)"
+    return _onednn.refuses(a)
+
+
 def _refuses_kernels(a: Arguments) -> str | None:
     """Return why no candidate that runs kernels of ours takes a call."""
     if wants_grad(*a[:5]):
         return "a gradient is wanted (the kernels are for inference)"
     return refuses(a.x, a.scale, a.bias)
-
-
-def _refuses_onednn(a: Arguments) -> str | None:
-    if wants_grad(*a[:5]):
-        return "a gradient is wanted (oneDNN's epilogues are for inference)"
-    return _onednn.refuses(a)
-
-
-def _on_onednn(a: Arguments) -> Tensor:
-    y = _onednn.conv2d(a) if torch.backends.mkldnn.enabled else _eager(*a)
-    return y.contiguous(memory_format=memory_format(a.x))
 
 
 CANDIDATES = {
@@ -234,25 +235,31 @@ CANDIDATES = {
 
 def _refuses_as(name: str, *args: Any) -> str | None:
     """Return why the candidate `name` does not take a call."""
+    if name.partition(":")[0] not in CANDIDATES:
+        return f"no candidate {name!r} (one of {', '.join(CANDIDATES)})"
     return _candidate(name).refuses(_as(name, *args))
 
 
 def _candidate(name: str) -> Candidate:
-    found = CANDIDATES.get(name.partition(":")[0])
-    if found is None:
-        raise ValueError(f"conv2d_act: a candidate is one of {', '.join(CANDIDATES)}; got {name!r}")
-    return found
+    return CANDIDATES[name.partition(":")[0]]
 
 
 def _as(name: str, *args: Any) -> Arguments:
     return Arguments(*args)._replace(candidate=name)
 
 
-def _ranked(x: Tensor, *_: Any) -> tuple[str, ...]:
-    """Return the candidates for a call, best first; the first that does not refuse it runs it."""
-    if x.is_cuda:
-        return ("cudnn",)
-    return ("triton",) if has_kernels(x) else ("onednn",)
+def _ranked(a: Arguments) -> list[tuple[str, str]]:
+    """Return the candidates for a call, best first, each with what speaks for it."""
+    default = "cudnn" if a.x.is_cuda else "triton"
+    if a.x.is_cpu and not has_kernels(a.x):
+        default = "onednn"
+    if torch.compiler.is_compiling() or not all(isinstance(n, int) for n in a.x.shape):
+        return [(default, "the default for sizes that may change")]
+    device = _choices.device_name(a.x.device)
+    measured = _choices.best(op.name, device, site(a), a.x.shape[0])
+    if measured is None:
+        return [(default, f"the default, as nothing is measured on {device}")]
+    return [(measured, f"measured to be the fastest on {device}"), (default, "the default")]
 
 
 def _choose(*args: Any) -> Choice:
@@ -263,26 +270,25 @@ def _choose(*args: Any) -> Choice:
         reason = _refuses_kernels(Arguments(*args))
         return Choice("eager", _eager, reason) if reason else Choice("cudnn", _forward, None)
     reasons: list[str] = []
-    for name in (given,) if given else _ranked(*args):
+    for name, merit in [(given, "asked for")] if given else _ranked(Arguments(*args)):
         if (reason := _refuses_as(name, *args)) is None:
             path = _candidate(name).path
-            why = "; ".join([*reasons, f"{name} is the default until others are measured"])
-            if path == "onednn":  # an op of PyTorch's, and the same for all calls of a signature
+            why = "; ".join([*reasons, f"{name}: {merit}"])
+            if path == "onednn":  # no kernel of ours, so no registered op
                 return Choice(path, _run_onednn, why, lasts=True)
-            run = partial(_run_as, name)
-            return Choice(path, run, None if path == "triton" else why)
+            return Choice(path, partial(_run_as, name), None if path == "triton" else why)
         reasons.append(reason)
     if given:
         raise NotImplementedError(f"conv2d_act cannot run as {given!r}: {reasons[0]}")
-    return Choice("eager", _eager, reasons[0] if reasons else _refuses(*args))
-
-
-def _run_as(name: str, *args: Any) -> Tensor:
-    return _forward(*args[:-1], name)
+    return Choice("eager", _eager, reasons[0])
 
 
 def _run_onednn(*args: Any) -> Tensor:
     return _on_onednn(Arguments(*args))
+
+
+def _run_as(name: str, *args: Any) -> Tensor:
+    return _forward(*args[:-1], name)
 
 
 def _triton(*args: Any) -> Tensor:
@@ -291,6 +297,22 @@ def _triton(*args: Any) -> Tensor:
 
 def _refuses(*args: Any) -> str | None:
     return _refuses_as(args[-1] or "triton", *args)
+
+
+def candidates(*args: Any) -> list[str]:
+    """Return the candidates that take a call of the op, configurations and all: what to measure.
+
+    Any of them, as the last argument, runs the call. Those a device seldom wants come last.
+    """
+    found = [name for name in CANDIDATES if _refuses_as(name, *args) is None]
+    if "triton" not in found:
+        return found
+    from ._triton import conv2d_act as kernels
+
+    a = _as("triton", *args)
+    described, _, _, how, _ = _launched(a, _empty(a, a.x.device))
+    names = [f"triton:{text}" for text in kernels.configurations(described, how)]
+    return [name for name in found if name != "triton"] + names
 
 
 def _traffic(*args: Any) -> Traffic:

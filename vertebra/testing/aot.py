@@ -82,6 +82,7 @@ class Build(NamedTuple):
         tensors = [*_tensors(self.launch).values(), *descriptors(self.launch.arguments)]
         first = next((t for t in tensors if t.dim() == 4), tensors[0])
         layout = contiguity(first)[0] if first.dim() == 4 else ""
+        layout = self.launch.arguments.get("VIEW", layout)  # how boxes count pixels, if they do
         return self.launch.kernel.__name__, layout, str(first.dtype).removeprefix("torch.")
 
     @property

@@ -92,6 +92,9 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name == "convolution" and not args[0].is_contiguous():
+            # which a device's kernels keep, and the meta one does not
+            result = result.contiguous(memory_format=torch.channels_last)
         if name not in _NO_TRAFFIC and not func.is_view:
             reads = _READS[name](*args) if name in _READS else args
             maps = (t for t in _tensors((reads, result)) if not _is_vector(t))

@@ -2,10 +2,11 @@
 
 One program owns BLOCK_M pixels of y and BLOCK_K filters of one group, or of a *bundle* of groups
 where a group is narrower than the matrix units: to it the weights of a bundle are a block-diagonal
-matrix, whose zeros are filled in as it is loaded. It walks the window row by row, pixel by pixel,
-BLOCK_C channels at a time, in one loop, so that loads run ahead of products across the window; the
-indices are carried along, because divided out of a counter they have been compiled wrongly
-(pytorch#173068). Programs that share pixels run next to each other and find them in the L2 cache.
+matrix, whose zeros are filled in as it is loaded (and make a NaN in one group one in all of its
+bundle). It walks the window row by row, pixel by pixel, BLOCK_C channels at a time, in one loop, so
+that loads run ahead of products across the window; the indices are carried along, because divided
+out of a counter they have been compiled wrongly (pytorch#173068). Programs that share pixels run
+next to each other and find them in the L2 cache.
 """
 
 from math import gcd

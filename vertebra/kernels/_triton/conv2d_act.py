@@ -33,7 +33,10 @@ def forward(site: Site, affine: Affine, act: str, precision: str, configuration:
 def refuses(site: Site, precision: str, configuration: str) -> str | None:
     """Return why a configuration does not serve a convolution, whose y may be a meta tensor."""
     site = simplest(site)
-    kernel, config = _read(site, precision, configuration)
+    try:
+        kernel, config = _read(site, precision, configuration)
+    except ValueError as error:
+        return str(error)
     return kernel.refuses(site, precision, facts(site.x.device), config)
 
 
@@ -67,7 +70,7 @@ def _read(site: Site, precision: str, configuration: str) -> tuple[Any, Any]:
         if len(values) == len(kernel.Config._fields):
             return kernel, kernel.Config(*values)
     raise ValueError(
-        f"conv2d_act: {configuration!r} is no configuration; give {' or '.join(_kernels())}, its "
+        f"{configuration!r} is no configuration; give {' or '.join(_kernels())}, its "
         "blocks, warps and stages, as in gather:128x64x64x1:w4:s3"
     )
 
