@@ -24,7 +24,7 @@ from ..nn import (
 )
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
-from ..nn.fused import Folded
+from ..nn.fused import Folded, is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import normalise
 from ._children import collect, in_steps
@@ -287,7 +287,7 @@ class _ConvNeXtBlock:
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv_dw(x)
-        if takes_add(self.mlp, self.mlp.fc2, self.gamma, self.drop_path):
+        if is_fused(self.mlp.fc2) and takes_add(self.mlp, self.gamma, self.drop_path):
             return self._with_add(y, self.shortcut(x))
         if self.use_conv_mlp:
             y = self.mlp(self.norm(y))

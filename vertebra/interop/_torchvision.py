@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..kernels import drop_path_add
 from ..nn import ConvNorms, LayerNorm2d, conv_norm_act
 from ..nn._act import has_hooks
+from ..nn.fused import is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
@@ -181,7 +182,8 @@ class _CNBlock:
     def forward(self, input: Tensor) -> Tensor:
         drop = self.stochastic_depth
         is_idle = not ((drop.training and drop.p) or has_hooks(drop))
-        if is_idle and takes_add(self.block, self.block[-2], self.layer_scale, None):
+        is_ours = is_fused(self.block[-2])
+        if is_ours and is_idle and takes_add(self.block, self.layer_scale, None):
             conv, permute, norm, fc1, act, fc2, back = self.block
             y = norm(permute(conv(input)))
             return back(mlp_add(y, permute(input), fc1, act, None, fc2))

@@ -11,6 +11,7 @@ from ..kernels import drop_path_add
 from ..nn import ConvNorms, DropPath, GlobalResponseNorm, LayerNorm2d, conv_norm_act
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
+from ..nn.fused import is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
@@ -234,7 +235,7 @@ def _mlp(
     drop: nn.Module,
 ) -> Tensor:
     """Return `residual + drop(gamma * fc2(grn(act(fc1(x)))))`; only x is of (N, H, W, C)."""
-    if _is_passed(drop) and takes_add(fc2, fc2, gamma, None):
+    if is_fused(fc2) and _is_passed(drop) and takes_add(fc2, gamma, None):
         rows = mlp_add(x, residual.permute(0, 2, 3, 1), fc1, act, grn, fc2)
         return rows.permute(0, 3, 1, 2)
     x = act(fc1(x))

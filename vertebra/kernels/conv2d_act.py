@@ -205,16 +205,14 @@ def _refuses_cudnn_fused(a: Arguments) -> str | None:
 
 
 def _on_onednn(a: Arguments) -> Tensor:
-    y = _onednn.conv2d(*a) if torch.backends.mkldnn.enabled else _eager(*a)
+    y = _onednn.conv2d(a) if torch.backends.mkldnn.enabled else _eager(*a)
     return y.contiguous(memory_format=memory_format(a.x))
 
 
 def _refuses_onednn(a: Arguments) -> str | None:
     if wants_grad(*a[:5]):
         return "a gradient is wanted (oneDNN's epilogue is for inference)"
-    if a.scale is not None:
-        return "a scale (fold it into weight)"
-    return _onednn.refuses(a.x, a.weight, a.bias, a.residual, a.act)
+    return _onednn.refuses(a)
 
 
 def _refuses_kernels(a: Arguments) -> str | None:

@@ -37,6 +37,7 @@ from ..nn import (
     create_act,
     create_conv2d,
     create_global_pool,
+    is_fused,
     mlp_add,
     pooled_channels,
     takes_add,
@@ -130,7 +131,7 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = DropPathAdd(drop_prob=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        adds = takes_add(self.mlp, self.mlp.fc2, self.gamma, self.drop_path)
+        adds = is_fused(self.mlp.fc2) and takes_add(self.mlp, self.gamma, self.drop_path)
         y = self.conv_dw(x)
         if self.conv_mlp:
             y = self.mlp(self.norm(y), x if adds else None)

@@ -9,7 +9,7 @@ from .drop_block import DropBlock2d
 from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .eca import EcaModule
 from .freeze import freeze_batch_norm_2d, unfreeze_batch_norm_2d
-from .fused import FusedConv2d, FusedLinear
+from .fused import FusedConv2d, FusedLinear, is_fused
 from .global_avg_pool import GlobalAvgPool2d
 from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
@@ -68,6 +68,7 @@ __all__ = [
     "create_global_pool",
     "create_norm_act",
     "freeze_batch_norm_2d",
+    "is_fused",
     "mlp_add",
     "norm_act",
     "pooled_channels",

@@ -26,14 +26,12 @@ class MlpNames(NamedTuple):
     refuses: Callable[[Any], str | None] = lambda block: None
 
 
-def takes_add(
-    branch: nn.Module, last: nn.Module, gamma: Tensor | None, drop: nn.Module | None
-) -> bool:
-    """Return whether `last` can run the add that ends a block, with nothing in between.
+def takes_add(branch: nn.Module, gamma: Tensor | None, drop: nn.Module | None) -> bool:
+    """Return whether nothing is between the last layer of a branch and the add that ends a block.
 
-    Nobody may watch `branch` either, which ends in it.
+    Ask whether `is_fused` holds for that layer first: a tracer notes that gamma was looked at.
     """
-    return is_fused(last) and gamma is None and is_idle(drop) and not has_hooks(branch)
+    return gamma is None and is_idle(drop) and not has_hooks(branch)
 
 
 def mlp_add(
@@ -44,7 +42,7 @@ def mlp_add(
     between: Callable[[Tensor], Tensor] | None,
     fc2: nn.Module,
 ) -> Tensor:
-    """Return `fc2(between(act(fc1(x)))) + residual` of every image, where `takes_add` said so."""
+    """Return `fc2(between(act(fc1(x)))) + residual` of every image, for a fused fc2."""
 
     def run(x: Tensor, residual: Tensor) -> Tensor:
         name = fusible_act(act) if is_fused(fc1) else None
