@@ -39,8 +39,8 @@ aot: $(READY) $(OLDEST)/.ready  ## compile every kernel: for sm_90 each type, a 
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot --targets sm_90 gfx942 --sampled sm_90 gfx942
 
 aot-all: $(READY) $(OLDEST)/.ready  ## every binary of every target on both tritons: slow, for a change to kernels
-	$(BIN)/python -m vertebra.testing.aot
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot
+	$(BIN)/python -m vertebra.testing.aot --configurations sm_90
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m vertebra.testing.aot --configurations sm_90
 
 gpu:  ## test and measure on this machine's GPU; results go to $OUT, else bench/results
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu

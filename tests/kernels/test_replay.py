@@ -33,7 +33,7 @@ from vertebra.kernels._triton._launch import captured, launch
 from vertebra.kernels._triton._plan import Plan
 from vertebra.kernels._triton._replay import Replay
 from vertebra.kernels._triton._stand_in import stand_in
-from vertebra.testing.cases import Case, cases
+from vertebra.testing.cases import Case, cases, example
 from vertebra.testing.contract import leaves_of
 
 LAUNCHED: list[tuple[Any, ...]] = []
@@ -147,8 +147,9 @@ def test_declared_cases_are_replayed_as_they_are_launched() -> None:
 
 @pytest.mark.jitted
 def test_without_gradients_the_whole_op_is_replayed() -> None:
-    of_kernels = [case for case in cases("compile") if "cudnn" not in case.options]
-    for case in of_kernels[::2]:
+    convolutions = [c for c in cases("compile", "conv2d_act") if "triton:gather" in c.options]
+    others = [c for c in cases("compile") if c.op != "conv2d_act"]
+    for case in [*others[::2], *convolutions]:
         inputs = case.inputs("cpu")
         _replay.forget()
         runs: list[list] = [[], [], []]
@@ -160,6 +161,20 @@ def test_without_gradients_the_whole_op_is_replayed() -> None:
         assert runs[0][-1][2], case
         assert_replayed(runs[0][-1], runs[2][-1])
         assert Plan in map(type, _plans()), case
+
+
+@jitted
+def test_tensor_descriptors_are_not_replayed() -> None:
+    """Nor is what PyTorch computes itself: both are launched the ordinary way every time."""
+    for candidate in ("triton:tiles", "cudnn"):
+        case = example("conv2d_act", options=(candidate, "3x3", "pad=1", "bias"))
+        inputs = case.inputs("cpu")
+        _replay.forget()
+        for _ in range(4):
+            _, launched = launches(case.run, inputs)
+            assert len(launched) == 1
+        assert Plan not in map(type, _plans())
+        assert "ordinary" in _plans()
 
 
 def assert_replayed(ordinary, replayed) -> None:

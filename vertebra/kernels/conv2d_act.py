@@ -302,17 +302,21 @@ def _refuses(*args: Any) -> str | None:
 def candidates(*args: Any) -> list[str]:
     """Return the candidates that take a call of the op, configurations and all: what to measure.
 
-    Any of them, as the last argument, runs the call. Those a device seldom wants come last.
+    Any of them, as the last argument, runs the call.
     """
     found = [name for name in CANDIDATES if _refuses_as(name, *args) is None]
     if "triton" not in found:
         return found
+    return [name for name in found if name != "triton"] + configurations(*args)
+
+
+def configurations(*args: Any) -> list[str]:
+    """Return what kernels of ours may run a call: analytic choices first. Meta tensors will do."""
     from ._triton import conv2d_act as kernels
 
     a = _as("triton", *args)
-    described, _, _, how, _ = _launched(a, _empty(a, a.x.device))
-    names = [f"triton:{text}" for text in kernels.configurations(described, how)]
-    return [name for name in found if name != "triton"] + names
+    site, _, _, how, _ = _launched(a, _empty(a, torch.device("meta")))
+    return [f"triton:{text}" for text in kernels.configurations(site, how)]
 
 
 def _traffic(*args: Any) -> Traffic:

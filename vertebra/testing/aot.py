@@ -1,11 +1,14 @@
 """The compile gate: every kernel, compiled for every target on a machine without a GPU, and judged.
 
-    python -m vertebra.testing.aot [--targets sm_90] [--typed sm_90] [--sampled sm_80] [-v]
+    python -m vertebra.testing.aot [--targets sm_90] [--typed sm_90] [--sampled sm_80]
+                                   [--configurations sm_90] [-v]
 
 The launches are those of declared cases, run on meta tensors through the ops' own Triton path,
 forward and backward; launches that the JIT would serve with one binary are compiled once. For a
 `--typed` target, one binary per kernel, layout, type and activation stands for those of other
-shapes and optional arguments; for a `--sampled` one, one per kernel and layout. A binary fails if
+shapes and optional arguments; for a `--sampled` one, one per kernel and layout. For those that
+`--configurations` names, cases also run in every configuration that tuning would measure. A binary
+fails if
 
 * it spills: stack, local memory, scratch;
 * it asks for more shared memory than the device has;
@@ -99,7 +102,12 @@ class Build(NamedTuple):
         return " ".join([self.launch.kernel.__name__, *self.functions, *absent, f"({case})"])
 
 
-def builds(targets: Iterable[str], of: Iterable[Case], only: str = "") -> list[Build]:
+def builds(
+    targets: Iterable[str],
+    of: Iterable[Case],
+    only: str = "",
+    configurations: Collection[str] = (),
+) -> list[Build]:
     """Return the distinct binaries of the launches of cases, where the label contains `only`."""
     found: dict[tuple[str, str], Build] = {}
     for case in dict.fromkeys(of):
@@ -107,8 +115,10 @@ def builds(targets: Iterable[str], of: Iterable[Case], only: str = "") -> list[B
         for target in targets:
             with assumed(_aot.TARGETS[target].device) as asked:
                 mine = launches(case) if same is None else same
+                variants = case.subject.variants(case) if target in configurations else ()
+                more = [launch for variant in variants for launch in launches(variant)]
             same = None if asked else mine
-            for launch in mine:
+            for launch in (*mine, *more):
                 key = _aot.identity(launch, _aot.TARGETS[target])
                 build = found.setdefault((target, key), Build(key, target, []))
                 build.launches.append((launch, case))
@@ -380,6 +390,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help="one binary per kernel and layout",
     )
+    parser.add_argument(
+        "--configurations",
+        nargs="+",
+        choices=_aot.TARGETS,
+        default=[],
+        help="every configuration that tuning would measure",
+    )
     parser.add_argument("--filter", default="", help="only binaries whose label contains this")
     parser.add_argument("--jobs", type=int, default=cpu_count() or 1)
     parser.add_argument("--cache", type=Path, default=Path(".cache/aot"))
@@ -394,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     start = time.perf_counter()
-    todo = builds(options.targets, declared(), options.filter)
+    todo = builds(options.targets, declared(), options.filter, options.configurations)
     todo = list(sample(todo, options.sampled, options.typed))
     if not todo:
         parser.error(f"no binary's label contains {options.filter!r}")

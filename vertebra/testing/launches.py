@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..kernels import backend
 from ..kernels._op import Call, observe
 from ..kernels._triton._launch import Launch, captured
 from .cases import Case
@@ -42,7 +43,7 @@ def launches(case: Case, wanted: tuple[str, ...]) -> Launches:
         for name, t in inputs.items()
     }
     calls: list[Call] = []
-    with observe(calls.append):
+    with backend("eager"), observe(calls.append):
         case.run(arguments)
     (call,) = calls
     with _OnMeta():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -136,7 +136,8 @@ class Subject:
     `parameters` are the differentiable inputs that the option "frozen" freezes, `updated` the
     inputs a call may write. `terms(case, name, value)` is how many values an answer adds up, for
     the error budget. `settle` returns dy with zeros where the gradient is one of two values and
-    which one is not part of the contract.
+    which one is not part of the contract. `variants` are a case's, as told to run by each
+    configuration that tuning would measure.
     """
 
     draw: Callable[[Case, Draw], Inputs]
@@ -149,6 +150,7 @@ class Subject:
         1 if value.dim() == 4 else case.shape[0] * case.shape[2] * case.shape[3]
     )
     settle: Callable[[Case, Inputs], Tensor] | None = None
+    variants: Callable[[Case], Iterable[Case]] = lambda case: ()
 
 
 SUBJECTS: dict[str, Subject] = {}

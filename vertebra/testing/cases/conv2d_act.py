@@ -12,12 +12,13 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels._act import ACTIVATIONS
-from ...kernels.conv2d_act import op
+from ...kernels.conv2d_act import configurations, op
 from ._case import Case, Draw, Inputs, Shape, Subject, tagged
 
 FULL, PLAIN = ("scale", "bias", "residual"), ("bias",)
@@ -60,19 +61,21 @@ def _draw(case: Case, draw: Draw) -> Inputs:
 
 
 def _run(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    x = inputs["x"]
-    assert x is not None
+    return {"y": op(*_arguments(case, inputs))}
+
+
+def _arguments(case: Case, inputs: Inputs) -> tuple[Any, ...]:
+    """Return the arguments of the op."""
     precision = "ieee" if "ieee" in case.options else "tf32"
     candidates = (o for o in case.options if o.startswith(("triton", "cudnn")))
-    y = op(
+    return (
         *inputs.values(),
         *_steps(case),
         _number(case, "groups", 1),
         case.act,
-        precision if x.dtype == torch.float32 else "",
+        precision if case.dtype == torch.float32 else "",
         next(candidates, ""),
     )
-    return {"y": y}
 
 
 def _terms(case: Case, name: str, value: Tensor) -> int:
@@ -157,7 +160,7 @@ _OF_POINTERS = (("1x5", "pad=2", "stride=3"), ("3x3", "stride=2"), ("2x1", "pad=
 
 def _compiles(base: Case) -> Iterator[Case]:
     yield replace(base, options=("k=40", "3x3", "pad=1", *FULL))
-    yield replace(base, act="none", options=("1x1", "stride=2"))
+    yield replace(base, act="none", options=("triton:gather", "1x1", "stride=2"))
     yield replace(base, options=("cudnn", "3x3", "pad=1", *PLAIN))
 
 
@@ -227,4 +230,10 @@ def _gate(base: Case) -> Iterator[Case]:
     yield from _real(base)
 
 
-SUBJECT = Subject(_draw, _run, _declare, (), terms=_terms)
+def _variants(case: Case) -> Iterator[Case]:
+    """Yield the case with every configuration that the assumed device may be tuned to."""
+    for candidate in configurations(*_arguments(case, case.inputs("meta"))):
+        yield replace(case, options=(candidate, *case.options))
+
+
+SUBJECT = Subject(_draw, _run, _declare, (), terms=_terms, variants=_variants)
