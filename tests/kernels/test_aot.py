@@ -179,6 +179,7 @@ def test_every_kernel_is_compiled() -> None:
     modules = [
         importlib.import_module(f"{_triton.__name__}.{module.name}")
         for module in pkgutil.iter_modules(_triton.__path__)
+        if module.name != "_fma"  # a yardstick, and no op's: tests of ceilings compile it
     ]
     kernels = {
         name

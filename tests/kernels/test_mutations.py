@@ -88,6 +88,7 @@ def test_every_kernel_is_mutated() -> None:
     kernels = {
         (module.__name__, name)
         for module in KERNEL_MODULES
+        if not module.__name__.endswith("._fma")  # a yardstick, and no op's
         for name in re.findall(r"def (_\w+_kernel)\(", inspect.getsource(module))
     }
     assert kernels == {(module.__name__, name) for module, name, *_ in PLANS}

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ._act import finish
+from ._conv2d import Arguments
 from ._op import is_plain
-
-Pair = tuple[int, int]
 
 _mkldnn: Any = torch.ops.mkldnn
 
@@ -50,25 +49,23 @@ _packed: dict[int, _Packed] = {}  # by id of the parameter
 _last: dict[int, torch.Size] = {}  # the image that a parameter last met, if not the one it is for
 
 
-def refuses(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str
-) -> str | None:
+def refuses(a: Arguments) -> str | None:
     """Return why oneDNN does not take a call."""
-    if not x.is_cpu:
-        return f"device {x.device.type} (oneDNN is for CPUs)"
+    if not a.x.is_cpu:
+        return f"device {a.x.device.type} (oneDNN is for CPUs)"
+    if a.scale is not None:
+        return "a scale (fold it into weight)"
     if torch.compiler.is_compiling():
         return "it is being compiled (Inductor has oneDNN do the same)"
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "oneDNN is missing or switched off (torch.backends.mkldnn)"
-    if not _is_supported(x.dtype):
-        return f"dtype {x.dtype} (not one that oneDNN has for this CPU)"
-    if act not in _ACTIVATIONS:
-        return f"act {act} (not one of oneDNN's)"
-    if x.numel() == 0:
+    if not _is_supported(a.x.dtype):
+        return f"dtype {a.x.dtype} (not one that oneDNN has for this CPU)"
+    if a.act not in _ACTIVATIONS:
+        return f"act {a.act} (not one of oneDNN's)"
+    if a.x.numel() == 0:
         return "empty input"
-    if not is_plain((x, weight, bias, residual)):
-        return "something traces, transforms or wraps the call"
-    return None
+    return None if is_plain(a) else "something traces, transforms or wraps the call"
 
 
 def _is_supported(dtype: torch.dtype) -> bool:
@@ -79,36 +76,25 @@ def _is_supported(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    _scale: object,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    *_: str,
-) -> Tensor:
-    """Return `act(conv2d(x, weight) + bias + residual)` in channels_last, as `conv2d_act` does."""
-    steps = (padding, stride, dilation, groups)
+def conv2d(a: Arguments) -> Tensor:
+    """Return the result of a call, in channels_last."""
+    x, bias = a.x, a.bias
+    steps = (a.padding, a.stride, a.dilation, a.groups)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    filters = _pack(weight, x.shape, steps)
-    if filters is weight:  # channels_last out of whatever comes in, as with packed weights
+    weight = _pack(a.weight, x.shape, steps)
+    if weight is a.weight:  # channels_last out of whatever comes in, as with packed weights
         x = x.contiguous(memory_format=torch.channels_last)
-    name, algorithm = _ACTIVATIONS[act]
-    if residual is None:
-        return _mkldnn._convolution_pointwise(x, filters, bias, *steps, name, [], algorithm)
-    if groups == 1 and act in ("none", "relu"):  # PyTorch has no other adds
-        last = None if act == "none" else act
+    name, algorithm = _ACTIVATIONS[a.act]
+    if a.residual is None:
+        return _mkldnn._convolution_pointwise(x, weight, bias, *steps, name, [], algorithm)
+    if a.groups == 1 and a.act in ("none", "relu"):  # PyTorch has no other adds
+        last = None if a.act == "none" else name
         return _mkldnn._convolution_pointwise.binary(
-            *(x, residual, filters, bias, *steps, "add", 1.0, last, [], None)
+            *(x, a.residual, weight, bias, *steps, "add", 1.0, last, [], None)
         )
-    y = _mkldnn._convolution_pointwise(x, filters, bias, *steps, "none", [], "")
-    return finish(y, residual, act)
+    y = _mkldnn._convolution_pointwise(x, weight, bias, *steps, "none", [], "")
+    return finish(y, a.residual, a.act)
 
 
 def forget(weight: Tensor) -> None:
