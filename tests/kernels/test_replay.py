@@ -163,7 +163,7 @@ def test_without_gradients_the_whole_op_is_replayed() -> None:
         assert Plan in map(type, _plans()), case
 
 
-@jitted
+@pytest.mark.jitted
 def test_tensor_descriptors_are_not_replayed() -> None:
     """Nor is what PyTorch computes itself: both are launched the ordinary way every time."""
     for candidate in ("triton:tiles", "cudnn"):
