@@ -16,11 +16,7 @@ _MARKERS = "osD^vP*X"
 
 def models(report: Report, path: Path) -> None:
     """Draw a comparison's rates as bars; where a model has several batches, curves over them."""
-    by_model: dict[str, list[Comparison]] = {}
-    for comparison in report.comparisons:
-        if comparison.timed:
-            facts = comparison.facts
-            by_model.setdefault(f"{facts['model']} {facts['mode']}", []).append(comparison)
+    by_model = _timed_by(report, "{model} {mode}")
     if not by_model:
         return
     heights = [2.0 + 0.25 * max(len(c.timed) for c in group) for group in by_model.values()]
@@ -35,11 +31,7 @@ def models(report: Report, path: Path) -> None:
 
 def kernels(report: Report, path: Path) -> None:
     """Draw, op by op, the bandwidth of every provider on every case, below that of a copy."""
-    by_op: dict[str, list[Comparison]] = {}
-    for comparison in report.comparisons:
-        if comparison.timed:
-            facts = comparison.facts
-            by_op.setdefault(f"{facts['op']}, {facts['direction']}", []).append(comparison)
+    by_op = _timed_by(report, "{op}, {direction}")
     if not by_op:
         return
     figure, axes = new_figure(report, [3.2] * len(by_op))
@@ -50,6 +42,15 @@ def kernels(report: Report, path: Path) -> None:
             axis.annotate("copy", (0, report.ceilings.copy_bytes_per_s / 1e9), va="bottom")
         axis.set_title(title, loc="left")
     save(figure, path)
+
+
+def _timed_by(report: Report, title: str) -> dict[str, list[Comparison]]:
+    """Return the comparisons that have times, by a title made of their facts."""
+    found: dict[str, list[Comparison]] = {}
+    for comparison in report.comparisons:
+        if comparison.timed:
+            found.setdefault(title.format(**comparison.facts), []).append(comparison)
+    return found
 
 
 def new_figure(report: Report, heights: Sequence[float], columns: int = 1) -> tuple[Any, list[Any]]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import backend
 from ..kernels._op import Op, observe
-from ..testing.traffic import NO_TRAFFIC, read_by, tensors_in
+from ..testing.traffic import NO_TRAFFIC, in_format_of, read_by, tensors_in
 from .anatomy import Anatomy, Conv, on_meta
 from .places import Places
 from .schedules import Kernel, Schedule
@@ -130,7 +130,8 @@ class _Tracer(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name.startswith("convolution"):
-            result = _in_channels_last(result)
+            x = args[1] if name == "convolution_backward" else args[0]
+            result = in_format_of(x, result)
         if name in _FREE or func.is_view:
             return result
         place = self._place()
@@ -165,16 +166,6 @@ class _Tracer(TorchDispatchMode):
 
 
 _FREE = (*NO_TRAFFIC, "_unsafe_view")
-
-
-def _in_channels_last(result: Any) -> Any:
-    """Return maps as a GPU would, whose convolutions keep channels_last; those of meta do not."""
-    if isinstance(result, tuple):
-        dx, *rest = result
-        return (_in_channels_last(dx), *rest)
-    if result is None or result.dim() != 4:  # an image's gradient, a convolution over channels
-        return result
-    return torch.empty_like(result, memory_format=torch.channels_last)
 
 
 _Kernels = Iterator[tuple[str, list[Tensor], "Conv | None", int]]

@@ -86,6 +86,16 @@ def read_by(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return _READS[name](*args) if name in _READS else args
 
 
+def in_format_of(x: Tensor, result: Any) -> Any:
+    """Return the maps of a convolution on meta as a device has them: in channels_last if x is."""
+    if isinstance(result, tuple):
+        dx, *sums = result
+        return (in_format_of(x, dx), *sums)
+    if result is None or result.dim() != 4 or x.is_contiguous():
+        return result  # an image's gradient, a convolution over channels
+    return torch.empty_like(result, memory_format=torch.channels_last)
+
+
 class _Counter(TorchDispatchMode):
     """Add up what every operation reads and writes."""
 
@@ -98,9 +108,8 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name == "convolution" and not args[0].is_contiguous():
-            # which a device's kernels keep, and the meta one does not
-            result = result.contiguous(memory_format=torch.channels_last)
+        if name == "convolution":
+            result = in_format_of(args[0], result)
         if name not in NO_TRAFFIC and not func.is_view:
             maps = (t for t in tensors_in((read_by(name, args), result)) if not _is_vector(t))
             self.bytes += _bytes(maps)

@@ -68,14 +68,14 @@ def make_plan(
         scalars: where the launches take the op's floats.
     """
     returned = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    used = [v for launch, _ in launches for _, v in leaves(launch.arguments) if _is_tensor(v)]
+    taken = [v for launch, _ in launches for _, v in leaves(launch.arguments)]
+    if any(isinstance(v, TensorDescriptor) for v in taken):
+        return None  # the driver encodes pointers into it
+    used = [v for v in taken if isinstance(v, Tensor)]
     absent = [t for t in returned if not t.numel() and id(t) not in map(id, used)]
     present = [t for t in returned if id(t) not in map(id, absent)]
     known = [*tensors, *present]
     found = _origins(known, used)
-    taken = [v for launch, _ in launches for _, v in leaves(launch.arguments)]
-    if any(isinstance(v, TensorDescriptor) for v in taken):
-        return None  # the driver encodes pointers into it
     if found is None or not all(isinstance(binary, CompiledKernel) for _, binary in launches):
         return None
     origins, scratch = found
@@ -242,7 +242,3 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(branch, f"{path}.{key}")
     else:
         yield path, tree
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
