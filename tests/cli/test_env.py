@@ -11,6 +11,7 @@ import vertebra
 from vertebra._cli import _paths
 from vertebra._cli._paths import DTYPES, refusals, ways
 from vertebra.bench import ceilings
+from vertebra.kernels import _op
 from vertebra.kernels.layer_norm_2d import op as norm
 from vertebra.testing.cases import OPS
 
@@ -187,6 +188,16 @@ def test_ops_are_set_to_eager() -> None:
     with vertebra.backend("eager"):
         said = {reason for by_dtype in refusals(CPU).values() for reason in by_dtype.values()}
     assert said == {"backend is set to eager"}
+
+
+def test_where_no_kernel_runs_every_op_says_the_same(monkeypatch) -> None:
+    """And not what keeps a call from some other candidate."""
+    monkeypatch.setattr(_op, "INTERPRETED", False)
+    with vertebra.backend("auto"):
+        found = refusals(CPU)
+    said = {reason for by_dtype in found.values() for reason in by_dtype.values()}
+    assert len(said) == 1
+    assert "device cpu" in str(said.pop())
 
 
 # ------------------------------------------------------------------------------- the command
