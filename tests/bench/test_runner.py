@@ -11,7 +11,7 @@ from vertebra.bench import runner
 from vertebra.bench.clock import Clock, Step
 from vertebra.bench.oracle import Answers, Oracle
 from vertebra.bench.results import Comparison, Row
-from vertebra.bench.runner import Limits, Provider, Unavailable, saved_bytes, settle_threads
+from vertebra.bench.runner import Limits, Provider, Unavailable, saved_bytes
 
 TRUTH = torch.linspace(-1, 1, 12, dtype=torch.float64)
 
@@ -210,10 +210,3 @@ def test_saved_bytes_are_of_storages_that_were_not_there_before() -> None:
             return (y.view(10, 10).t() * y.view(10, 10)).sum()  # saves y twice, as views
 
     assert saved_bytes(Squares()) == 400
-
-
-def test_threads_are_settled_within_what_was_allowed(monkeypatch) -> None:
-    monkeypatch.setattr(runner, "_THREADS", 2)
-    torch.set_num_threads(7)
-    settle_threads()
-    assert torch.get_num_threads() in (1, 2)

@@ -78,8 +78,12 @@ def test_every_library_computes_the_same_in_double(name, library) -> None:
     ["resnet18", *(pytest.param(n, marks=pytest.mark.thorough) for n in models.TINY[1:])],
 )
 def test_half_precision_has_a_yardstick(name) -> None:
-    """The random weights are such that eager PyTorch itself is right enough to judge others."""
-    workload(8, torch.bfloat16, name, size=64).oracle("training")
+    """The random weights are such that eager PyTorch itself is right enough to judge others.
+
+    At the sizes of a tiny run, where the fewest values are averaged.
+    """
+    tiny = Settings.choose(device="cpu", tiny=True, known=VARIANTS)
+    workload(*tiny.batches, torch.bfloat16, name, tiny.image_size).oracle("training")
 
 
 def test_costs_are_those_that_others_count() -> None:

@@ -13,13 +13,12 @@ import torch
 from rich.console import Console
 
 from .. import create_model
-from . import ceilings, environment
+from . import ceilings, cpu, environment
 from .ceilings import DTYPES
 from .floor_chart import plot
 from .part_times import PartTimes, measure_parts
 from .report import plain_table
 from .roofline import PRESETS, WAYS, Roofline, draw, rates_of
-from .runner import settle_threads
 from .schedules import Kernel, Rates
 from .settings import Settings
 
@@ -112,7 +111,7 @@ def _rates(
         return known[settings.dtype]._replace(**named)
     device = torch.device(settings.device)
     if device.type == "cpu":
-        settle_threads()
+        cpu.settle()
     measured = ceilings.measure(device, (settings.dtype,), tiny=settings.tiny, say=say)
     return rates_of(measured, DTYPES[settings.dtype])._replace(**named)
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ..models import list_models
+from . import cpu
 from .anatomy import dissect
 from .ceilings import DTYPES, Ceilings
 from .clock import Clock
 from .construction import construct
 from .results import Comparison
 from .roofline import rates_of
-from .runner import measure, settle_threads, warm_up_compiler
+from .runner import measure, warm_up_compiler
 from .session import Session, Task
 from .settings import Settings
 from .workload import VARIANTS, Cost, Mode, Workload
@@ -101,7 +102,7 @@ def compare(name: str, batch: int, settings: Settings, mode: Mode, session: Sess
         warm_up_compiler(device)
     torch.compiler.reset()  # what another model has made dynamic, or has used up
     if device.type == "cpu":
-        settle_threads()
+        cpu.settle()
     cost = work.cost(mode)
     comparison = Comparison(
         _title(name, batch, settings, mode),

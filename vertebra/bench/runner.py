@@ -15,7 +15,6 @@ import importlib
 import math
 import random
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -25,14 +24,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .clock import Clock, Step, Timer, reserved_bytes, synchronize
 from .oracle import Answers, Oracle
 from .results import Comparison, Row
 
-_THREADS = torch.get_num_threads()  # what torch chose, or OMP_NUM_THREADS
 _LEAST_ROUNDS = 3  # fewer have no spread to speak of
 
 
@@ -255,27 +252,6 @@ def saved_bytes(step: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         step.forward(0)
     return sum(size for size, _ in saved.values())
-
-
-def settle_threads() -> None:
-    """Use no more CPU threads than pay now: all wait for the one whose core is busy elsewhere.
-
-    On two cores, one of them taken, two threads were five times as slow as one.
-    """
-    x, weight = torch.randn(4, 64, 56, 56), torch.randn(64, 64, 3, 3)
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        times: list[float] = []
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(5):
-                F.conv2d(x, weight).relu_()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    halves = [_THREADS >> i for i in range(_THREADS.bit_length())]
-    torch.set_num_threads(min(halves, key=seconds))
 
 
 def warm_up_compiler(device: torch.device) -> None:

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
-from . import ceilings, environment
+from . import ceilings, cpu, environment
 from .results import Comparison, Report, plain
-from .runner import Limits, settle_threads
+from .runner import Limits
 from .settings import Settings
 
 _SAVE_EVERY_S = 5.0
@@ -118,7 +118,7 @@ class Session:
         settings = self.report.settings
         device = torch.device(settings["device"])
         if device.type == "cpu":
-            settle_threads()
+            cpu.settle()
         self.report.ceilings = ceilings.measure(
             device,
             (settings["dtype"],),

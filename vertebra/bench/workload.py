@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..interop import accelerate
+from ..interop import accelerate, fuse
 from ..models import create_model
 from ..models._layouts import LAYOUTS
 from ..models._network import Network
@@ -36,17 +36,23 @@ class Variant(NamedTuple):
     """Whose model, in which memory format, compiled how.
 
     `source` is a library of `peers.LIBRARIES`, "reference" for that of the reference model, or
-    ours: "vertebra", or "accelerated", the reference model on our ops.
+    ours: "vertebra", or "accelerated", the reference model on our ops. `fused` is by `fuse`.
     """
 
     source: str
     channels_last: bool = True
     compile: CompileMode | None = None
+    fused: bool = False
 
     @property
     def is_peer(self) -> bool:
         """Whether it is not ours."""
-        return self.source not in ("vertebra", "accelerated")
+        return self.source not in ("vertebra", "accelerated") and not self.fused
+
+    @property
+    def infers_only(self) -> bool:
+        """Whether its weights are constants, which nothing can train."""
+        return self.fused or self.compile == "freezing"
 
     def suits(self, settings: Settings, mode: Mode) -> bool:
         """Return whether it is measured unless somebody says otherwise."""
@@ -55,7 +61,8 @@ class Variant(NamedTuple):
             ("nhwc" if self.channels_last else "nchw") in settings.layouts
             and (settings.compiled or self.compile is None)
             and not (on_gpu_only and not settings.on_gpu)
-            and not (self.compile == "freezing" and (settings.on_gpu or mode != "forward"))
+            and not (self.compile == "freezing" and settings.on_gpu)
+            and not (self.infers_only and mode != "forward")
         )
 
 
@@ -68,8 +75,10 @@ VARIANTS: dict[str, Variant] = {
     "max-autotune": Variant("reference", compile="max-autotune"),
     "freezing": Variant("reference", compile="freezing"),
     "accelerated": Variant("accelerated"),
+    "fused": Variant("reference", fused=True),
     "vertebra-nchw": Variant("vertebra", channels_last=False),
     "vertebra-nhwc": Variant("vertebra"),
+    "vertebra-fused": Variant("vertebra", fused=True),
     "vertebra-compile": Variant("vertebra", compile="default"),
     "vertebra-reduce-overhead": Variant("vertebra", compile="reduce-overhead"),
 }
@@ -148,7 +157,8 @@ class Workload:
             model = copy.deepcopy(self.reference)
             if seed >= 2:
                 jitter(model, seed)
-            run = self._place(model, self.library, channels_last=seed % 2 == 1, mode=mode)
+            layout = Variant("reference", channels_last=seed % 2 == 1)
+            run = self._place(model, self.library, layout, mode)
             oracle.calibrate(run(0))
         return oracle
 
@@ -208,27 +218,20 @@ class Workload:
         def make() -> Step:
             if variant.compile == "max-autotune" and self.device.type != "cuda":
                 raise Unavailable("max-autotune is for GPUs")
-            if variant.compile == "freezing" and mode != "forward":
-                raise Unavailable("freezing is for inference")
+            if variant.infers_only and mode != "forward":
+                raise Unavailable("what is fused or frozen is for inference")
             model, library = self.build(variant.source)
-            return self._place(model, library, variant.channels_last, mode, variant.compile)
+            return self._place(model, library, variant, mode)
 
         return make
 
-    def _place(
-        self,
-        model: nn.Module,
-        library: str,
-        channels_last: bool,
-        mode: Mode,
-        compile: CompileMode | None = None,
-    ) -> Step:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+    def _place(self, model: nn.Module, library: str, variant: Variant, mode: Mode) -> Step:
+        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         placed: Any = model.to(self.device)
         placed = placed.to(memory_format=layout)
         labels = self.labels[self.index].to(self.device)
-        inputs = self.inputs(channels_last)
-        return self._step(placed, library, inputs, labels, mode, self.dtype, compile)
+        inputs = self.inputs(variant.channels_last)
+        return self._step(placed, library, inputs, labels, mode, self.dtype, variant)
 
     def _step(
         self,
@@ -238,11 +241,14 @@ class Workload:
         labels: Tensor,
         mode: Mode,
         dtype: torch.dtype,
-        compile: CompileMode | None = None,
+        variant: Variant | None = None,
     ) -> Step:
         model.train(mode != "forward")
         if mode == "forward" or not is_half(dtype):
             model = model.to(dtype)
+        if variant is not None and variant.fused:
+            model = fuse(model)
+        compile = None if variant is None else variant.compile
         run = model if compile is None else compiled(model, compile)
         if library == "transformers":
             run = _Logits(run)

@@ -9,9 +9,9 @@ from functools import cache, partial
 
 import torch
 
+from .. import cpu
 from ..models import ON_CPU, ON_GPU, TINY, check
 from ..results import Comparison, Report
-from ..runner import settle_threads
 from ..session import Session, Task
 from ..workload import CompileMode
 from . import graphs, shapes, starts, steady
@@ -103,7 +103,7 @@ def tasks(names: Sequence[str], plan: Plan) -> list[Task]:
 def compare(question: Question, plan: Plan, caches: Caches, session: Session) -> None:
     """Ask a question of every provider."""
     if not plan.on_gpu:
-        _settle_threads()
+        _settle()
     session.tick("weights and photographs")
     it = subject(question.model, question.path, plan)
     title = question.title(plan)
@@ -156,5 +156,5 @@ def notes(report: Report) -> Iterator[str]:
 
 
 @cache
-def _settle_threads() -> None:
-    settle_threads()
+def _settle() -> None:
+    cpu.settle()
