@@ -299,15 +299,30 @@ def compiled(
 ) -> Callable[[Tensor], Any]:
     """Return what `torch.compile` makes of a model; modes are Inductor's."""
     options: dict[str, Any] = {}
-    if mode == "freezing":
-        options = {"freezing": True}
-    elif mode != "default":
+    if mode not in ("default", "freezing"):
         inductor: Any = importlib.import_module("torch._inductor")
         options = dict(inductor.list_mode_options(mode))
     if mode == "max-autotune":
         # Triton 3.6 miscompiles Inductor's own convolution kernels at 8 warps (pytorch#173068)
         options["max_autotune_conv_backends"] = "ATEN"
-    return torch.compile(model, backend=backend, dynamic=dynamic, options=options or None)
+    run: Any = torch.compile(model, backend=backend, dynamic=dynamic, options=options or None)
+    return _Frozen(run) if mode == "freezing" else run
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """What is compiled with weights for constants.
+
+    Dynamo reads this setting while it traces, and guards on it: given to `torch.compile` as one of
+    Inductor's options it comes too late, and nothing is frozen.
+    """
+
+    run: Callable[[Tensor], Any]
+
+    def __call__(self, x: Tensor) -> Any:
+        inductor: Any = importlib.import_module("torch._inductor.config")
+        with inductor.patch(freezing=True):
+            return self.run(x)
 
 
 @dataclass(frozen=True)
