@@ -14,6 +14,7 @@ from .global_response_norm import global_response_norm
 from .layer_norm_2d import layer_norm_2d
 from .scale_bias_act import scale_bias_act
 from .squeeze_excite import squeeze_excite
+from .squeeze_gate import squeeze_gate
 
 __all__ = [
     "Op",
@@ -30,4 +31,5 @@ __all__ = [
     "layer_norm_2d",
     "scale_bias_act",
     "squeeze_excite",
+    "squeeze_gate",
 ]

@@ -219,15 +219,12 @@ def configurations(*args: Any) -> list[str]:
 
 
 def _traffic(*args: Any) -> Traffic:
+    """Count maps alone: a gate and shares are little beside them."""
     call = _Call.read(*args)
     a = call.of_conv
     N, K, P, Q = a.shape
     maps = N * K * P * Q * (call.writes + (a.residual is not None))
-    sums = (0 if call.gate is None else call.gate.numel()) + (N * call.runs * K) * call.pools
-    of_x = a.x.element_size()
-    return Traffic(
-        (elements_read(a) + a.weight.numel() + maps) * of_x + sums * sums_dtype(a.x).itemsize, 0
-    )
+    return Traffic((elements_read(a) + a.weight.numel() + maps) * a.x.element_size(), 0)
 
 
 op = Op("conv2d_act_pool", _check, _eager, _forward, _refuses, _traffic)

@@ -187,7 +187,7 @@ def _squeeze_kernel(
 
 
 @triton.jit
-def _project(
+def project(
     a_ptr,
     fc,
     n,
@@ -261,7 +261,7 @@ def _scale_kernel(
     n = first + tl.arange(0, IMAGES).to(tl.int64)
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
 
-    v = _project(u_ptr, fc, n, c, N, C, R, ACT, IMAGES, CHUNK, BLOCK_C)
+    v = project(u_ptr, fc, n, c, N, C, R, ACT, IMAGES, CHUNK, BLOCK_C)
     if v_ptr is not None:
         inside = (n < N)[:, None] & (c < C)[None, :] & (split == 0)
         tl.store(v_ptr + n[:, None] * C + c[None, :], v, mask=inside)
@@ -280,6 +280,30 @@ def _scale_kernel(
             store_tile(y_ptr, strides[0], tile, OUT_ACT(z), CHANNELS_LAST, UNIT)
 
 
+def squeeze(
+    u: Tensor, s: Tensor | None, sums: Tensor, fc1: Tensor, bias: Tensor | None, P: int
+) -> None:
+    """Write u = fc1 s + bias, and s, where `sums`, (N * splits, C), add up to s * P."""
+    (N, R), C = u.shape, fc1.shape[1]
+    splits = sums.shape[0] // N
+    product = _pick_product(N, R, C, splits, u.dtype)
+    launch(
+        _squeeze_kernel,
+        (triton.cdiv(N, product.IMAGES) * triton.cdiv(R, product.ROWS),),
+        u.device,
+        s_ptr=s,
+        u_ptr=u,
+        sums_ptr=sums,
+        fc=(fc1, bias, *fc1.stride()),
+        N=N,
+        C=C,
+        R=R,
+        P=P,
+        splits=splits,
+        **product._asdict(),
+    )
+
+
 def forward(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     x: Tensor,
@@ -295,28 +319,10 @@ def forward(
 ) -> None:
     """Write (y, s, u, v), s and v only if `keeps`."""
     y, s, u, v = outputs
-    N, R = u.shape
-    fc1, fc2 = _matrix(fc1_weight), _matrix(fc2_weight)
-    C = fc1.shape[1]
+    fc1, fc2 = matrix(fc1_weight), matrix(fc2_weight)
     # the splits are added by tiles of many, so there may be as many as fill the GPU
     (sums,) = _pool.pool(x, None, _pool.value, 1, max_splits=MAX_SPLITS)
-    splits = sums.shape[0] // N
-    product = _pick_product(N, R, C, splits, u.dtype)
-    launch(
-        _squeeze_kernel,
-        (triton.cdiv(N, product.IMAGES) * triton.cdiv(R, product.ROWS),),
-        x.device,
-        s_ptr=s if keeps else None,
-        u_ptr=u,
-        sums_ptr=sums,
-        fc=(fc1, fc1_bias, *fc1.stride()),
-        N=N,
-        C=C,
-        R=R,
-        P=x.shape[2] * x.shape[3],
-        splits=splits,
-        **product._asdict(),
-    )
+    squeeze(u, s if keeps else None, sums, fc1, fc1_bias, x.shape[2] * x.shape[3])
     _pass(
         _scale_kernel,
         (y, x, residual),
@@ -328,7 +334,7 @@ def forward(
     )
 
 
-def _matrix(weight: Tensor) -> Tensor:
+def matrix(weight: Tensor) -> Tensor:
     """View the weight of a 1x1 convolution as that of a linear layer."""
     return weight[:, :, 0, 0] if weight.dim() == 4 else weight
 
@@ -561,7 +567,7 @@ def _dx_kernel(
     n = first + tl.arange(0, IMAGES).to(tl.int64)
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
 
-    ds = _project(du_ptr, fc, n, c, N, C, R, IDENTITY, IMAGES, CHUNK, BLOCK_C) / P
+    ds = project(du_ptr, fc, n, c, N, C, R, IDENTITY, IMAGES, CHUNK, BLOCK_C) / P
     inside = (n < N)[:, None] & (c < C)[None, :]
     gates = GATE(tl.load(v_ptr + n[:, None] * C + c[None, :], mask=inside, other=0.0))
     c = channel_block(block_c, BLOCK_C, CHANNELS_LAST)
@@ -599,7 +605,7 @@ def backward(
     """Write (dx, dresidual, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias)."""
     dx, dresidual, dw1, db1, dw2, db2 = gradients
     N, R = u.shape
-    fc1, fc2 = _matrix(fc1_weight), _matrix(fc2_weight)
+    fc1, fc2 = matrix(fc1_weight), matrix(fc2_weight)
     C = fc1.shape[1]
     # dresidual is dz: where x alone does not yield it, the first pass writes it, the last reads it
     dz = dresidual if dresidual.numel() else None
@@ -630,7 +636,7 @@ def backward(
         # as many images at once as 64 registers of partial sums allow: fewer round trips
         rows, columns = min(16, triton.next_power_of_2(R)), min(32, triton.next_power_of_2(C))
         images = min(triton.next_power_of_2(N), PARTIALS[u.dtype] // (rows * columns))
-        dfc1, dfc2 = _matrix(dw1), _matrix(dw2)
+        dfc1, dfc2 = matrix(dw1), matrix(dw2)
         launch(
             _dweights_kernel,
             (triton.cdiv(R, rows) * triton.cdiv(C, columns), 2),
