@@ -22,15 +22,26 @@ Source   Hu et al. 2018 (arXiv:1709.01507), whose squeeze and scale these are; s
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _choices
 from ._conv2d import RUN, Arguments, Pair, elements_read, memory_format, pair, precision
-from ._op import Op, Traffic, define, sums_dtype, wants_grad
-from .conv2d_act import cast_by_autocast
+from ._op import (
+    Op,
+    Traffic,
+    current_backend,
+    define,
+    has_kernels,
+    is_plain,
+    sums_dtype,
+    wants_grad,
+)
+from .conv2d_act import cast_by_autocast, on_kernels
 from .conv2d_act import op as conv
 
 
@@ -78,6 +89,59 @@ def conv2d_act_pool(
     of_conv = (x, weight, scale, bias, residual, *steps, groups, act, precision(x), "")
     y, shares = op(*of_conv, gate, writes, pools)
     return y, shares
+
+
+def where_ours(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    *,
+    gate: Tensor | None,
+    stride: int | Pair,
+    padding: int | Pair,
+    dilation: int | Pair,
+    groups: int,
+    writes: bool,
+    pools: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Return what `conv2d_act_pool` does where kernels of ours would run the convolution alone.
+
+    None elsewhere: cuDNN or oneDNN is better at it than these by more than a pass over a map, as
+    far as anybody has measured; or autocast is to cast first.
+    """
+    if not has_kernels(x) or torch.is_autocast_enabled(x.device.type):
+        return None
+    steps = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation))
+    of_conv = (x, weight, None, bias, residual, *steps, groups, act, precision(x), "")
+    candidate = _ours(*of_conv)
+    if candidate is None:
+        return None
+    args = (*of_conv[:-1], candidate, gate, writes, pools)
+    if ":" in candidate and _refuses(*args) is not None:  # its tiles mix images
+        args = (*of_conv[:-1], "triton", gate, writes, pools)
+    y, shares = op(*args)
+    return y, shares
+
+
+def _ours(*args: Any) -> str | None:
+    """Return what `on_kernels` does, found out once for calls of one signature."""
+    key = (current_backend(), torch.is_grad_enabled(), _choices.edition())
+    found = _signatures().find(args)
+    if found is not None and key in found[0].plans:
+        return found[0].plans[key]
+    candidate = on_kernels(*args)
+    if is_plain(args):
+        _signatures().note(args)[0].plans[key] = candidate
+    return candidate
+
+
+@cache
+def _signatures() -> Any:
+    from ._triton._signature import Signatures
+
+    return Signatures()
 
 
 class _Call(NamedTuple):
@@ -146,9 +210,7 @@ def _outputs(*args: Any) -> tuple[Tensor, Tensor]:
     call = _Call.read(*args)
     a, _, writes, pools = call
     y = (
-        torch.empty(
-            a.shape, dtype=a.x.dtype, device=a.x.device, memory_format=memory_format(a.x)
-        )
+        torch.empty(a.shape, dtype=a.x.dtype, device=a.x.device, memory_format=memory_format(a.x))
         if writes
         else a.x.new_empty(0)
     )
@@ -163,7 +225,7 @@ def _outputs(*args: Any) -> tuple[Tensor, Tensor]:
     _outputs,
 )
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from ._triton import conv2d_act as kernels
+    from ._triton import conv2d_act_pool as kernels
 
     outputs = _outputs(*args)
     kernels.forward(*_launched(_Call.read(*args), outputs))
@@ -177,14 +239,13 @@ def _launched(call: _Call, outputs: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
     a, gate, writes, pools = call
     y, shares = outputs
     if not writes:  # its shape counts all the same
-        y = torch.empty(
-            a.shape, dtype=a.x.dtype, device="meta", memory_format=torch.channels_last
-        )
+        y = torch.empty(a.shape, dtype=a.x.dtype, device="meta", memory_format=torch.channels_last)
     # PyTorch's dispatcher makes lists of pairs
-    steps = ((s[0], s[1]) for s in (a.stride, a.padding, a.dilation))
+    stride, padding, dilation = ((s[0], s[1]) for s in (a.stride, a.padding, a.dilation))
+    site = Site(y, a.x, a.weight, a.residual, stride, padding, dilation, a.groups)
     gate = None if gate is None else gate.contiguous()
-    ends = (gate, shares if pools else None, writes)
-    site = Site(y, a.x, a.weight, a.residual, *steps, a.groups, *ends)
+    site = site._replace(gate=gate, shares=shares if pools else None)
+    site = site._replace(writes=writes, run=RUN)
     how = a.candidate.partition(":")[2]
     return site, (a.scale, a.bias), a.act, a.precision or precision(a.x), how
 
@@ -198,7 +259,7 @@ def _refuses(*args: Any) -> str | None:
         return reason
     if ":" not in a.candidate or torch.compiler.is_compiling():
         return None
-    from ._triton import conv2d_act as kernels
+    from ._triton import conv2d_act_pool as kernels
 
     site, _, _, how, configuration = _launched(call, _on_meta(*args))
     return kernels.refuses(site, how, configuration)
@@ -212,7 +273,7 @@ def _on_meta(*args: Any) -> tuple[Tensor, Tensor]:
 
 def configurations(*args: Any) -> list[str]:
     """Return what kernels may run a call: analytic choices first. Meta tensors will do."""
-    from ._triton import conv2d_act as kernels
+    from ._triton import conv2d_act_pool as kernels
 
     site, _, _, how, _ = _launched(_Call.read(*args), _on_meta(*args))
     return [f"triton:{text}" for text in kernels.configurations(site, how)]

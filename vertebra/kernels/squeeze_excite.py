@@ -129,6 +129,7 @@ def _eager(
 
 
 def conv1x1(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return an fc of means, (N, C, 1, 1), in their dtype."""
     weight = weight.to(s.dtype)
     if weight.dim() == 2:
         weight = weight[:, :, None, None]

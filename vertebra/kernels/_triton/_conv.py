@@ -26,6 +26,7 @@ class Site(NamedTuple):
         gate: (N, C), what x is multiplied by, for kernels that go image by image.
         shares: (N, T, K), the parts of y's means, which such kernels write.
         writes: whether y is written; where not, it may be a meta tensor.
+        run: pixels of an image, row by row or box by box, that each have a share.
     """
 
     y: Tensor
@@ -39,6 +40,7 @@ class Site(NamedTuple):
     gate: Tensor | None = None
     shares: Tensor | None = None
     writes: bool = True
+    run: int = 0
 
     @property
     def window(self) -> Pair:

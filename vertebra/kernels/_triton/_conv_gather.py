@@ -10,9 +10,9 @@ next to each other and find them in the L2 cache.
 
 With a gate, or with shares of y's means to write, pixels are counted image by image, each image's
 up to a multiple of BLOCK_M, so that no tile has pixels of two. That is 2 % more of them at 56x56,
-14 % at 28x28 and 31 % at 14x14 and 7x7 (in tiles of 128, 128, 128 and 64). The gate is then one vector to a program,
-and scales the weights: these are the product's right operand, which goes through shared memory
-anyway, where x, the left one, would have to stay in registers that a running wgmma may lose.
+14 % at 28x28 and 31 % at 14x14 and 7x7 (in tiles of 128, 128, 128 and 64). The gate is then one
+vector to a program, and scales the weights: these are the product's right operand, which goes
+through shared memory anyway, where x, the left one, would be multiplied out of registers.
 """
 
 from math import gcd
@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 
 from ._act import ACTIVATIONS
-from .._conv2d import RUN
 from ._conv import Affine, Site, add_share, block, covered, finish, pixel, position
 from ._device import Device
 from ._launch import launch
@@ -113,8 +112,8 @@ def refuses(site: Site, precision: str, device: Device, config: Config) -> str |
     """Return why a configuration does not serve a convolution."""
     if config.bundle > 1 and config.bundle * site.channels > config.BLOCK_C:
         return f"a bundle of {config.bundle} groups of {site.channels} channels in {config.BLOCK_C}"
-    if site.shares is not None and config.BLOCK_M % RUN:
-        return f"tiles of {config.BLOCK_M} pixels have no runs of {RUN}"
+    if site.shares is not None and config.BLOCK_M % site.run:
+        return f"tiles of {config.BLOCK_M} pixels have no runs of {site.run}"
     return None
 
 
@@ -258,7 +257,7 @@ def run(site: Site, affine: Affine, act: str, precision: str, config: Config) ->
         WINDOW=(R, S),
         PADDED=max(padding) > 0,
         GROUP=None if config.bundle == 1 else (x.shape[1] // site.groups, K // site.groups),
-        RUN=RUN if site.by_image else None,
+        RUN=site.run if site.by_image else None,
         UNITS=_units(site, bundle_c, bundle_k),
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,

@@ -10,7 +10,7 @@ had it to be flattened from a box.
 
 A gate scales x, box by box: as the right operand it only passes through registers on its way to
 shared memory, and a box may have several images. Shares of y's means are sums over the rows and
-columns of boxes of RUN pixels, of which an image must have as many as runs; others are refused.
+columns of boxes of a run's pixels, of which an image must have as many as runs; others are refused.
 """
 
 import math
@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._conv2d import RUN
 from ._act import ACTIVATIONS
 from ._conv import Affine, Site, add_share, block, covered
 from ._device import Device
@@ -115,15 +114,15 @@ def refuses(site: Site, precision: str, device: Device, config: Config) -> str |
     if site.gate is not None and _view(site) != "pixels":
         return f"a gate at stride {site.stride}"
     if site.shares is not None and not _has_runs(site, (config.BOX_P, config.BOX_Q)):
-        return f"boxes of {config.BOX_P}x{config.BOX_Q} pixels are no runs of {RUN}"
+        return f"boxes of {config.BOX_P}x{config.BOX_Q} pixels are no runs of {site.run}"
     return None
 
 
 def _has_runs(site: Site, box: tuple[int, int]) -> bool:
     """Return whether boxes are to an image what runs of pixels are: as large and as many."""
     P, Q = site.y.shape[2:]
-    boxes = triton.cdiv(P, box[0]) * triton.cdiv(Q, box[1])
-    return math.prod(box) == RUN and boxes == triton.cdiv(P * Q, RUN)
+    is_run = math.prod(box) == site.run
+    return is_run and covered(P, box[0]) * covered(Q, box[1]) == covered(P * Q, site.run)
 
 
 def _is_aligned(t: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
     s = sum of shares    u = W1 s + b1    g = gate(W2 act(u) + b2)
 
-Two launches: `squeeze` of squeeze_excite, which adds up the parts on its way, and `_gate_kernel`,
+Two launches: `squeeze` of `_fcs`, which adds up the parts on its way, and `_gate_kernel`,
 whose program owns BLOCK_C channels of IMAGES images. The second fc has a launch of its own, as who
 reads the gate are programs of a convolution, each of which needs all of it.
 """
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._act import ACTIVATIONS, GATES
+from ._fcs import PARTIALS, matrix, project, squeeze
 from ._launch import launch
-from .squeeze_excite import PARTIALS, matrix, project, squeeze
 
 REGISTERS = {"_gate_kernel": 128}
 

@@ -26,6 +26,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def number(case: Case, name: str, default: int) -> int:
+    """Return the number of the option `name`, as in "k=24"."""
     found = [o.partition("=")[2] for o in case.options if o.startswith(f"{name}=")]
     return int(found[0]) if found else default
 
@@ -42,6 +43,7 @@ def _steps(case: Case) -> tuple[tuple[int, int], ...]:
 
 
 def draw(case: Case, source: Draw) -> Inputs:
+    """Draw the tensors of a call."""
     (N, C, H, W), (R, S), groups = case.shape, _window(case), number(case, "groups", 1)
     K = number(case, "k", C)
     (stride, _), (padding, _), (dilation, _) = _steps(case)
@@ -81,9 +83,7 @@ def arguments(case: Case, inputs: Inputs) -> tuple[Any, ...]:
 def terms(case: Case, name: str, value: Tensor) -> int:
     """Return how many products a sum of fp32 has; a narrower type's one rounding hides them."""
     R, S = _window(case)
-    return (
-        R * S * case.shape[1] // number(case, "groups", 1) if value.dtype == torch.float32 else 1
-    )
+    return R * S * case.shape[1] // number(case, "groups", 1) if value.dtype == torch.float32 else 1
 
 
 def _declare() -> Iterator[Case]:

@@ -58,6 +58,9 @@ def _declare() -> Iterator[Case]:
     yield from tagged("aot", _odd(base))
     yield from tagged("traffic", _traffic(base))
     yield from tagged("bench", _real(base))
+    (C, HW), options = HEADS[0]
+    first_as_given = replace(base, shape=(256, C, HW, HW), dtype=torch.bfloat16, layout="nchw")
+    yield from tagged("bench", iter([replace(first_as_given, options=options)]))
 
 
 def _tests(base: Case) -> Iterator[Case]:
@@ -104,8 +107,8 @@ def _tests(base: Case) -> Iterator[Case]:
 
 
 def _compiles(base: Case) -> Iterator[Case]:
-    yield base
-    yield replace(base, act="none", options=("3x3", "pad=1", "sums"))
+    yield replace(base, options=("triton:gather", *base.options))
+    yield replace(base, act="none", options=("triton:gather", "3x3", "pad=1", "sums"))
 
 
 def _traffic(base: Case) -> Iterator[Case]:
@@ -132,13 +135,13 @@ HEADS = (
 
 
 def _real(base: Case) -> Iterator[Case]:
+    for (C, HW), options in HEADS:
+        shape: Shape = (256, C, HW, HW)
+        yield replace(base, shape=shape, dtype=torch.bfloat16, options=options)
     for (C, HW), width in REGNETY:
         of_3x3 = replace(base, shape=(256, C, HW, HW), dtype=torch.bfloat16)
         yield replace(of_3x3, options=(f"groups={C // width}", "3x3", "pad=1", "bias", "pools"))
         yield replace(of_3x3, options=("bias", "residual", "gate"))
-    for (C, HW), options in HEADS:
-        shape: Shape = (256, C, HW, HW)
-        yield replace(base, shape=shape, dtype=torch.bfloat16, options=options)
 
 
 def _odd(base: Case) -> Iterator[Case]:
