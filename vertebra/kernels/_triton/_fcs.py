@@ -35,12 +35,14 @@ class Product(NamedTuple):
 def pick_product(N: int, R: int, C: int, splits: int, dtype: torch.dtype) -> Product:
     """Choose a tile of PARTIALS: 8 images, 16 outputs and the rest inputs, or what there is.
 
-    Fewer images are fewer programs: then 8 outputs, for more of them.
+    Fewer images are fewer programs: then 8 outputs, for more of them. Half of it where splits are
+    to be added, or what is read of them ahead spills.
     """
     partials = PARTIALS[dtype]
     images = min(8, triton.next_power_of_2(N))
     rows = min(16 if images == 8 else 8, triton.next_power_of_2(R))
-    chunk = min(triton.next_power_of_2(C), partials // (images * rows))
+    room = partials if splits == 1 else partials // 2
+    chunk = min(triton.next_power_of_2(C), room // (images * rows))
     together = min(triton.next_power_of_2(splits), partials // 4 // (images * chunk) or 1)
     values = images * chunk * max(rows, together)
     return Product(images, rows, chunk, together, max(1, min(8, values // (partials // 32))))
