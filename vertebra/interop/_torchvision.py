@@ -10,7 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..kernels import drop_path_add
-from ..nn import ConvNorms, LayerNorm2d, conv_norm_act
+from ..nn import ConvNorms, InputReaders, LayerNorm2d, conv_norm_act
 from ..nn._act import has_hooks
 from ..nn.fused import is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
@@ -25,6 +25,7 @@ torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does
 @accelerates("torchvision.models.resnet.BasicBlock", forward="35a42b79c8d5")
 class _BasicBlock:
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module
@@ -41,6 +42,7 @@ class _BasicBlock:
 @accelerates("torchvision.models.resnet.Bottleneck", forward="64f3768ca1e8")
 class _Bottleneck:
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
     bn1: nn.Module
     conv2: nn.Module
@@ -108,6 +110,7 @@ class _Conv2dNormActivation(nn.Sequential):
 
 @accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="1f053948ac54")
 class _ResBottleneckBlock:
+    INPUT_READERS: ClassVar[InputReaders] = ("f", "a", "0")
     proj: nn.Module | None
     f: nn.Sequential
     activation: nn.Module

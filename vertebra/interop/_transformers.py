@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from ..kernels import drop_path_add
-from ..nn import ConvNorms, DropPath, GlobalResponseNorm, LayerNorm2d, conv_norm_act
+from ..nn import ConvNorms, DropPath, GlobalResponseNorm, InputReaders, LayerNorm2d, conv_norm_act
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
 from ..nn.fused import is_fused
@@ -124,6 +124,7 @@ class _Stem(nn.Module):
     "regnet.modeling_regnet.RegNetYLayer",
 )
 class _ResidualLayer:
+    INPUT_READERS: ClassVar[InputReaders] = ("layer", "0", "convolution")
     layer: nn.Module
     shortcut: nn.Module
     activation: nn.Module

@@ -42,7 +42,16 @@ from torch import Tensor
 from . import _choices, _onednn
 from ._act import finish
 from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision, site
-from ._op import Choice, Op, Traffic, define, has_kernels, refuses, wants_grad
+from ._op import (
+    Choice,
+    Op,
+    Traffic,
+    current_backend,
+    define,
+    has_kernels,
+    refuses,
+    wants_grad,
+)
 
 
 def conv2d_act(
@@ -205,8 +214,7 @@ def _refuses_cudnn_fused(a: Arguments) -> str | None:
 
 
 def _on_onednn(a: Arguments) -> Tensor:
-    y = _onednn.conv2d(a) if torch.backends.mkldnn.enabled else _eager(*a)
-    return y.contiguous(memory_format=memory_format(a.x))
+    return _onednn.bound(a)(*a)
 
 
 def _refuses_onednn(a: Arguments) -> str | None:
@@ -275,7 +283,7 @@ def _choose(*args: Any) -> Choice:
             path = _candidate(name).path
             why = "; ".join([*reasons, f"{name}: {merit}"])
             if path == "onednn":  # no kernel of ours, so no registered op
-                return Choice(path, _run_onednn, why, lasts=True)
+                return Choice(path, _while_enabled(_onednn.bound(Arguments(*args))), why, True)
             return Choice(path, partial(_run_as, name), None if path == "triton" else why)
         reasons.append(reason)
     if given:
@@ -283,8 +291,25 @@ def _choose(*args: Any) -> Choice:
     return Choice("eager", _eager, reasons[0])
 
 
-def _run_onednn(*args: Any) -> Tensor:
-    return _on_onednn(Arguments(*args))
+def runs_on_onednn(x: Tensor) -> bool:
+    """Return whether convolutions of x, without a scale, run as oneDNN's unless told otherwise."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_cpu
+        and not has_kernels(x)
+        and current_backend() == "auto"
+        and not wants_grad(x)
+        and _onednn.refuses_map(x) is None
+    )
+
+
+def _while_enabled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `run`, but the definition where oneDNN is switched off after all."""
+
+    def call(*args: Any) -> Tensor:
+        return run(*args) if torch.backends.mkldnn.enabled else _eager(*args)
+
+    return call
 
 
 def _run_as(name: str, *args: Any) -> Tensor:

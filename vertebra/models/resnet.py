@@ -25,6 +25,7 @@ from ..nn import (
     ConvNorms,
     DropBlock2d,
     DropPath,
+    InputReaders,
     attn_act,
     conv_norm_act,
     create_aa,
@@ -62,6 +63,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
 
     def __init__(
         self,
