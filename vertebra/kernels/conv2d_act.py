@@ -258,9 +258,7 @@ def _as(name: str, *args: Any) -> Arguments:
 
 def _ranked(a: Arguments) -> list[tuple[str, str]]:
     """Return the candidates for a call, best first, each with what speaks for it."""
-    default = "cudnn" if a.x.is_cuda else "triton"
-    if a.x.is_cpu and not has_kernels(a.x):
-        default = "onednn"
+    default = default_for(a.x)
     if torch.compiler.is_compiling() or not all(isinstance(n, int) for n in a.x.shape):
         return [(default, "the default for sizes that may change")]
     device = _choices.device_name(a.x.device)
@@ -268,6 +266,13 @@ def _ranked(a: Arguments) -> list[tuple[str, str]]:
     if measured is None:
         return [(default, f"the default, as nothing is measured on {device}")]
     return [(measured, f"measured to be the fastest on {device}"), (default, "the default")]
+
+
+def default_for(x: Tensor) -> str:
+    """Return the candidate for convolutions of x where nothing is measured."""
+    if x.is_cuda:
+        return "cudnn"
+    return "triton" if has_kernels(x) else "onednn"
 
 
 def _choose(*args: Any) -> Choice:
@@ -327,12 +332,13 @@ def _refuses(*args: Any) -> str | None:
 def candidates(*args: Any) -> list[str]:
     """Return the candidates that take a call of the op, configurations and all: what to measure.
 
-    Any of them, as the last argument, runs the call.
+    Any of them, as the last argument, runs the call. The first is what runs without a table.
     """
+    x: Tensor = args[0]
     found = [name for name in CANDIDATES if _refuses_as(name, *args) is None]
-    if "triton" not in found:
-        return found
-    return [name for name in found if name != "triton"] + configurations(*args)
+    if "triton" in found:
+        found = [name for name in found if name != "triton"] + configurations(*args)
+    return sorted(found, key=lambda name: name.partition(":")[0] != default_for(x))
 
 
 def configurations(*args: Any) -> list[str]:
