@@ -9,7 +9,6 @@ import torch
 from vertebra.kernels import backend, squeeze_excite
 from vertebra.kernels._act import GATES
 from vertebra.kernels._triton import _fcs
-from vertebra.kernels._triton import squeeze_excite as kernels
 from vertebra.kernels._triton._launch import captured
 from vertebra.kernels._triton._tile import processors
 from vertebra.testing import aot

@@ -299,7 +299,9 @@ def compiled(
 ) -> Callable[[Tensor], Any]:
     """Return what `torch.compile` makes of a model; modes are Inductor's."""
     options: dict[str, Any] = {}
-    if mode not in ("default", "freezing"):
+    if mode == "freezing":
+        options = {"freezing": True}  # or Dynamo takes for it what it has compiled without
+    elif mode != "default":
         inductor: Any = importlib.import_module("torch._inductor")
         options = dict(inductor.list_mode_options(mode))
     if mode == "max-autotune":
@@ -313,8 +315,8 @@ def compiled(
 class _Frozen:
     """What is compiled with weights for constants.
 
-    Dynamo reads this setting while it traces, and guards on it: given to `torch.compile` as one of
-    Inductor's options it comes too late, and nothing is frozen.
+    Dynamo reads this setting while it traces. As one of the options of `torch.compile`, which are
+    for what comes after, it has no effect alone.
     """
 
     run: Callable[[Tensor], Any]

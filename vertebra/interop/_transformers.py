@@ -13,6 +13,7 @@ from ..nn import (
     DropPath,
     Excitation,
     GlobalResponseNorm,
+    InputReaders,
     LayerNorm2d,
     Unit,
     conv_norm_act,
@@ -136,6 +137,7 @@ class _Stem(nn.Module):
     "regnet.modeling_regnet.RegNetYLayer",
 )
 class _ResidualLayer:
+    INPUT_READERS: ClassVar[InputReaders] = ("layer", "0", "convolution")
     layer: nn.Module
     shortcut: nn.Module
     activation: nn.Module

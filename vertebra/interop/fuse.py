@@ -19,6 +19,7 @@ from ..nn._drop import is_idle
 from ..nn.conv_same import Conv2dSame
 from ..nn.cuda_graph import CudaGraphs
 from ..nn.fused import Folded, FoldedAct, FusedConv2dSame, epilogue
+from ..nn.fused_blocks import FusedBlocks, passes_on
 from ..nn.norm_act import FrozenBatchNorm2d, FusesAct, is_bare
 from ..nn.sync import SyncBatchNormAct2d
 from ._fold import fold, fold_image, scale_of
@@ -88,6 +89,8 @@ def fuse(
             module.stays = True
     for module in list(fused.modules()):
         _fuse_act(module, users)
+        if passes_on(module):
+            module.__class__ = FusedBlocks
     if image is not None:
         fold_image(_find_image_conv(fused, len(image[0])), *image)
     return CudaGraphs(fused) if cuda_graph else fused

@@ -24,6 +24,7 @@ from ..nn import (
     CheckpointSequential,
     ConvNorms,
     DropPathAdd,
+    InputReaders,
     SqueezeExcite,
     Unit,
     conv_norm_act,
@@ -118,6 +119,8 @@ def _projection(config: RegNetConfig, block: Block) -> nn.Module | None:
 class BottleneckTransform(nn.Sequential):
     """`c(se(b(a(x)))) + residual`: a 1x1, a 3x3 with stride and groups, a 1x1; "x" has no `se`."""
 
+    CONV_NORMS: ClassVar[ConvNorms] = ()  # its children's affair
+
     def __init__(self, config: RegNetConfig, block: Block, apply_act: bool) -> None:
         super().__init__()
         width = config.bottleneck_width(block.out_channels)
@@ -159,6 +162,8 @@ class ResBottleneckBlock(_Block):
 
     The add and the activation are part of f's last op, unless stochastic depth comes before them.
     """
+
+    INPUT_READERS: ClassVar[InputReaders] = ("f", "a", "0")
 
     def __init__(self, config: RegNetConfig, block: Block) -> None:
         super().__init__(config, block)

@@ -25,6 +25,7 @@ from ..nn import (
     ConvNorms,
     DropBlock2d,
     DropPath,
+    InputReaders,
     Unit,
     attn_act,
     conv_norm_act,
@@ -63,6 +64,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
 
     def __init__(
         self,
@@ -119,6 +121,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
 
     def __init__(
         self,

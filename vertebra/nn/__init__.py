@@ -4,7 +4,14 @@ from ._act import ActLayer, create_act
 from ._attn import AttnLayer, attn_act, create_attn
 from .blur_pool import AaLayer, BlurPool2d, create_aa, create_aa_max_pool
 from .checkpoint import CheckpointSequential
-from .conv_norm_act import ConvNormAct, ConvNormActs, ConvNorms, conv_norm_act, create_conv2d
+from .conv_norm_act import (
+    ConvNormAct,
+    ConvNormActs,
+    ConvNorms,
+    InputReaders,
+    conv_norm_act,
+    create_conv2d,
+)
 from .drop_block import DropBlock2d
 from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .eca import EcaModule
@@ -50,6 +57,7 @@ __all__ = [
     "GlobalAvgPool2d",
     "GlobalPool2d",
     "GlobalResponseNorm",
+    "InputReaders",
     "LayerNorm2d",
     "LayerScale",
     "LayerScale2d",

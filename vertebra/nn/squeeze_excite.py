@@ -10,7 +10,9 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..kernels import squeeze_excite
+from ..kernels.conv2d_act import runs_on_onednn
 from ._act import ActLayer, create_act, fusible_act, fusible_gate, has_hooks
+from .fused import is_fused
 from .gated import Excitation, is_plain
 
 torch.fx.wrap("squeeze_excite")  # a leaf: it looks at shapes, which a proxy does not have
@@ -119,6 +121,13 @@ def excite(
 ) -> Tensor:
     """Return `out_act(x * gate(fc2(act(fc1(mean(x))))) + residual)`, in one op if it knows all."""
     act_name, gate_name = fusible_act(act), fusible_gate(gate)
+    if act_name is not None and is_fused(fc1) and is_fused(fc2) and runs_on_onednn(x):
+        # packed weights and no pass for the activation beat one op that has neither
+        s = fc1(x.mean((2, 3), keepdim=True), None, act_name)
+        y = x * (fc2(s, None, "sigmoid") if gate_name == "sigmoid" else gate(fc2(s)))
+        y = y if residual is None else y.add_(residual)
+        return y if out_act is None else out_act(y)
+    # what is put in place of a convolution may compute something else
     if act_name is not None and gate_name is not None and is_plain(fc1) and is_plain(fc2):
         tail = "none" if out_act is None else fusible_act(out_act)
         y = squeeze_excite(
