@@ -207,15 +207,18 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 def _outputs(*args: Any) -> tuple[Tensor, Tensor]:
-    call = _Call.read(*args)
-    a, _, writes, pools = call
-    y = (
-        torch.empty(a.shape, dtype=a.x.dtype, device=a.x.device, memory_format=memory_format(a.x))
-        if writes
-        else a.x.new_empty(0)
-    )
-    size = (a.shape[0], call.runs, a.shape[1])
-    return y, a.x.new_empty(size, dtype=sums_dtype(a.x)) if pools else _nothing(a.x)
+    return _empty(_Call.read(*args), args[0].device)
+
+
+def _empty(call: _Call, device: torch.device) -> tuple[Tensor, Tensor]:
+    a = call.of_conv
+    size = (a.shape[0], call.runs, a.shape[1]) if call.pools else 0
+    shares = a.x.new_empty(size, dtype=sums_dtype(a.x), device=device)
+    if not call.writes:
+        return a.x.new_empty(0, device=device), shares
+    wanted = memory_format(a.x)
+    y = torch.empty(a.shape, dtype=a.x.dtype, device=device, memory_format=wanted)
+    return y, shares
 
 
 @define(
@@ -261,21 +264,16 @@ def _refuses(*args: Any) -> str | None:
         return None
     from ._triton import conv2d_act_pool as kernels
 
-    site, _, _, how, configuration = _launched(call, _on_meta(*args))
+    site, _, _, how, configuration = _launched(call, _empty(call, torch.device("meta")))
     return kernels.refuses(site, how, configuration)
-
-
-def _on_meta(*args: Any) -> tuple[Tensor, Tensor]:
-    with torch.device("meta"):
-        y, shares = (t.to("meta") for t in _outputs(*args))
-    return y, shares
 
 
 def configurations(*args: Any) -> list[str]:
     """Return what kernels may run a call: analytic choices first. Meta tensors will do."""
     from ._triton import conv2d_act_pool as kernels
 
-    site, _, _, how, _ = _launched(_Call.read(*args), _on_meta(*args))
+    call = _Call.read(*args)
+    site, _, _, how, _ = _launched(call, _empty(call, torch.device("meta")))
     return [f"triton:{text}" for text in kernels.configurations(site, how)]
 
 
