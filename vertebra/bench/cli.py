@@ -345,9 +345,7 @@ def compiling(
     providers: Providers = None,
     filter: Filter = "",
     rounds: Rounds = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Less of everything, small.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything, small.")] = False,
     direction: Annotated[str | None, typer.Option(help="forward,training (both).")] = None,
     mode: Annotated[str | None, typer.Option(help="Inductor's, comma-separated (all).")] = None,
     aspect: Annotated[
