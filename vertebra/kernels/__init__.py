@@ -7,6 +7,7 @@ from ._op import Op, Traffic, backend, current_backend
 from .batch_norm_act import batch_norm_act
 from .batch_norm_act_pool import batch_norm_act_pool
 from .conv2d_act import conv2d_act
+from .conv2d_b2b import conv2d_b2b
 from .drop_path_add import drop_path_add
 from .global_avg_pool import global_avg_pool
 from .global_response_norm import global_response_norm
@@ -21,6 +22,7 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_act_pool",
     "conv2d_act",
+    "conv2d_b2b",
     "current_backend",
     "drop_path_add",
     "global_avg_pool",
