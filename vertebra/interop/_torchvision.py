@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..kernels import drop_path_add
 from ..nn import ConvNorms, LayerNorm2d, conv_norm_act
 from ..nn._act import has_hooks
+from ..nn.back_to_back import End, InParts, end_of
 from ..nn.fused import is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
@@ -39,7 +40,7 @@ class _BasicBlock:
 
 
 @accelerates("torchvision.models.resnet.Bottleneck", forward="64f3768ca1e8")
-class _Bottleneck:
+class _Bottleneck(InParts):
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     conv1: nn.Module
     bn1: nn.Module
@@ -50,11 +51,21 @@ class _Bottleneck:
     relu: nn.Module
     downsample: nn.Module | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
+    def narrow(self, x: Tensor) -> Tensor:
+        return conv_norm_act(self.conv1, self.bn1, x, self.relu)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         y = conv_norm_act(self.conv2, self.bn2, y, self.relu)
-        shortcut = x if self.downsample is None else self.downsample(x)
+        return y, x if self.downsample is None else self.downsample(x)
+
+    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
         return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut)
+
+    def narrow_end(self) -> End | None:
+        return end_of(self.conv1, self.bn1, self.relu)
+
+    def widen_end(self) -> End | None:
+        return end_of(self.conv3, self.bn3, self.relu)
 
 
 @accelerates(

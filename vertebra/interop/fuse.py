@@ -16,6 +16,7 @@ from ..kernels import backend
 from ..nn import ConvNormActs, ConvNorms, FusedConv2d, FusedLinear, MlpNames
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
+from ..nn.back_to_back import put_back_to_back
 from ..nn.conv_same import Conv2dSame
 from ..nn.cuda_graph import CudaGraphs
 from ..nn.fused import Folded, FoldedAct, FusedConv2dSame, epilogue
@@ -88,6 +89,7 @@ def fuse(
             module.stays = True
     for module in list(fused.modules()):
         _fuse_act(module, users)
+        put_back_to_back(module)
     if image is not None:
         fold_image(_find_image_conv(fused, len(image[0])), *image)
     return CudaGraphs(fused) if cuda_graph else fused

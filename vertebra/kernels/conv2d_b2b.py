@@ -38,7 +38,7 @@ from . import _choices
 from ._act import check_act
 from ._check import check_image, check_parameters, check_residual
 from ._conv2d import memory_format, precision
-from ._op import Choice, Op, Traffic, define, refuses, wants_grad
+from ._op import Choice, Op, Traffic, current_backend, define, refuses, wants_grad
 from .conv2d_act import op as convolution
 
 Maps = tuple[Tensor, Tensor]
@@ -62,13 +62,32 @@ def conv2d_b2b(
     >>> y.flatten(), z.flatten()
     (tensor([2., 0.]), tensor([4.5000, 0.5000]))
     """
+    return op(*_autocast(x, weight, next_weight, bias, next_bias, residual, act, next_act))
+
+
+def as_one(*args: Any) -> Maps | None:
+    """Return what `conv2d_b2b` does where one kernel runs it, else None: two calls are as good."""
+    a = Arguments(*_autocast(*args))
+    if current_backend() == "eager":
+        return None
+    if torch.compiler.is_compiling():
+        # sizes may be symbols there: the registered op chooses when it runs
+        one = (_refuses_alone(a) or _advises_against(a)) is None
+        return op(*a) if one else None
+    name = _best(a)[0]
+    return None if name == "apart" else op(*a._replace(candidate=name))
+
+
+def _autocast(x: Tensor, weight: Tensor, next_weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Return the arguments of the op, cast as autocast casts those of convolutions."""
+    bias, next_bias, residual, act, next_act = rest
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         if x.dtype != torch.float64 and x.is_floating_point():
             x, weight, next_weight = x.to(dtype), weight.to(dtype), next_weight.to(dtype)
             residual = None if residual is None else residual.to(dtype)
     biases = (bias, next_bias)
-    return op(x, weight, next_weight, *biases, residual, act, next_act, precision(x), "")
+    return x, weight, next_weight, *biases, residual, act, next_act, precision(x), ""
 
 
 class Arguments(NamedTuple):
@@ -276,14 +295,17 @@ def _site(a: Arguments) -> str:
 
 
 def _best(a: Arguments) -> tuple[str, str]:
-    """Return the best candidate for a call that is not refused, and why."""
+    """Return the best candidate for a call, and why."""
     from ._triton import conv2d_b2b as kernels
 
+    if current_backend() == "triton":
+        reason = _refuses_as_one(a, "triton")
+        return ("triton", "asked for") if reason is None else ("apart", reason)
     device = _choices.device_name(a.x.device)
     measured = _choices.best(op.name, device, _site(a), a.x.shape[0])
     if measured == "apart" or (measured and _refuses_as_one(a, measured) is None):
         return measured, f"measured to be the fastest on {device}"
-    reason = _refuses_as_one(a, "triton") or _advises_against(a)
+    reason = _advises_against(a) or _refuses_as_one(a, "triton")
     if reason is None and not kernels.fills(_launched(a, *_empty(a, torch.device("meta")))):
         reason = "fewer tiles than multiprocessors"
     return ("triton", "arithmetic") if reason is None else ("apart", reason)
@@ -297,13 +319,10 @@ def _choose(*args: Any) -> Choice:
         if reason is not None:
             raise NotImplementedError(f"conv2d_b2b cannot run as {a.candidate!r}: {reason}")
         return Choice("triton", _forward, None)
-    reason = "asked for" if a.candidate else _refuses_alone(a)
+    reason = _refuses_alone(a)
     if reason is None and torch.compiler.is_compiling():
-        # sizes may be symbols there: the registered op chooses when it runs
-        reason = _advises_against(a)
-        if reason is None:
-            return Choice("triton", _forward, None)
-    elif reason is None:
+        return Choice("triton", _forward, None)
+    if reason is None and not a.candidate:
         name, reason = _best(a)
         if name != "apart":
             return Choice("triton", partial(_run_as, name), None)

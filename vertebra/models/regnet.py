@@ -31,6 +31,8 @@ from ..nn import (
     create_norm_act,
     norm_act,
 )
+from ..nn._act import has_hooks
+from ..nn.back_to_back import End, InParts, end_of
 from ._features import feature
 from ._network import Network
 from ._param_groups import Matcher
@@ -56,6 +58,10 @@ class _ConvNormAct(nn.Sequential):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, norm, act = self
         return conv_norm_act(conv, norm, x, act, residual)
+
+    def end(self, act: nn.Module | None = None) -> End | None:
+        """Return what this runs as one op, if it is 1x1; with another activation, if given."""
+        return None if has_hooks(self) else end_of(self[0], self[1], act or self[2])
 
 
 class _NormActConv(nn.Sequential):
@@ -139,7 +145,7 @@ class _Block(nn.Module):
         return x if self.adds else None
 
 
-class ResBottleneckBlock(_Block):
+class ResBottleneckBlock(InParts, _Block):
     """`act(drop_path(f(x)) + proj(x))`, where f is a `BottleneckTransform`.
 
     The add and the activation are part of f's last op, unless stochastic depth comes before them.
@@ -166,6 +172,24 @@ class ResBottleneckBlock(_Block):
         else:
             y = self.f(x, shortcut)
         return self.activation(y)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return self.f.a(x)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = self.f.b(y)
+        return y if self.f.se is None else self.f.se(y), self.shortcut(x)
+
+    def widen(self, y: Tensor, shortcut: Tensor | None) -> Tensor:
+        return self.activation(self.f.c(y, shortcut))
+
+    def narrow_end(self) -> End | None:
+        return None if has_hooks(self.f) else self.f.a.end()
+
+    def widen_end(self) -> End | None:
+        if self.training or has_hooks(self.f):
+            return None
+        return self.f.c.end(None if self.drop_path is None else self.activation)
 
 
 class PreActBlock(_Block):

@@ -34,6 +34,7 @@ from ..nn import (
     create_conv2d,
     create_norm_act,
 )
+from ..nn.back_to_back import End, InParts, end_of
 from ._features import feature
 from ._network import Network
 from ._param_groups import Matcher
@@ -104,7 +105,7 @@ class BasicBlock(nn.Module):
         return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, drop=self.drop_path)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(InParts, nn.Module):
     """`BasicBlock` of a narrowing 1x1, a 3x3 with stride and groups, and a widening 1x1.
 
     DropBlock and what takes over the stride follow the 3x3.
@@ -148,15 +149,27 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
+    def narrow(self, x: Tensor) -> Tensor:
+        return conv_norm_act(self.conv1, self.bn1, x, self.relu)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         y = conv_norm_act(self.conv2, self.bn2, y, self.relu, drop=self.drop_block)
         y = y if self.aa is None else self.aa(y)
-        shortcut = x if self.downsample is None else self.downsample(x)
+        return y, x if self.downsample is None else self.downsample(x)
+
+    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
         if self.se is not None:
             y = conv_norm_act(self.conv3, self.bn3, y)
             return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
         return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, drop=self.drop_path)
+
+    def narrow_end(self) -> End | None:
+        return end_of(self.conv1, self.bn1, self.relu)
+
+    def widen_end(self) -> End | None:
+        if self.se is not None:
+            return None
+        return end_of(self.conv3, self.bn3, self.relu, self.drop_path)
 
 
 def _stem_conv(config: ResNetConfig) -> nn.Module:

@@ -50,7 +50,7 @@ def launches(case: Case, wanted: tuple[str, ...]) -> Launches:
         with captured() as forward:
             y = call.op.triton(*call.args)
         with captured() as backward:
-            if y.requires_grad:
+            if isinstance(y, Tensor) and y.requires_grad:
                 y.backward(inputs["dy"])
     return Launches(call, _detached(forward), _detached(backward))
 

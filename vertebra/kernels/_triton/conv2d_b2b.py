@@ -74,7 +74,6 @@ OTHERS = (Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2))
 _MOST_CHANNELS = 256  # of a box
 
 
-
 def fills(pair: Pair) -> bool:
     """Return whether there is a tile of the least size for every multiprocessor."""
     return pair.pixels >= 64 * facts(pair.x.device).processors
@@ -138,7 +137,7 @@ def _holds(pair: Pair, config: Config, device: Device) -> bool:
     weights = num_stages * BLOCK_K * (block_c + block_d)
     sums = BLOCK_M * (BLOCK_K + block_d) // (32 * num_warps)
     # sums a thread that compile without spills, beside a residual in as many registers as y
-    most = {(64, 2): 160, (64, 4): 96, (128, 2): 96, (128, 4): 64}[BLOCK_M, pair.x.itemsize]
+    most = ((160, 96) if BLOCK_M <= 64 else (96, 64))[pair.x.itemsize == 4]
     return (maps + weights) * pair.x.itemsize <= device.shared and sums <= most
 
 
@@ -208,8 +207,12 @@ def forward(
     reason = refuses(pair, precision, configuration)
     if reason is not None:
         raise NotImplementedError(f"conv2d_b2b cannot run as one kernel: {reason}")
-    config = parsed(Config, configuration) or pick(pair, facts(pair.x.device))
+    device = facts(pair.x.device)
+    config = parsed(Config, configuration) or pick(pair, device)
     assert config is not None
+    # left to itself, ptxas makes do with 80 of them for an sm_100, and spills; for an sm_90 with
+    # 126, so that two programs share a multiprocessor
+    registers = {"maxnreg": 255} if device.arch >= 100 else {}
     (block_c, block_d), (_, K, D) = _blocks(pair.widths), pair.widths
     act, next_act = (ACTIVATIONS[name][0] for name in acts)
     launch(
@@ -222,6 +225,7 @@ def forward(
         NEXT_ACT=next_act,
         PRECISION=precision if pair.x.dtype == torch.float32 else None,
         **config._asdict(),
+        **registers,
         BLOCK_D=block_d,
         y_desc=_described(pair.y, (config.BLOCK_M, config.BLOCK_K)),
         z_desc=_described(pair.z, (config.BLOCK_M, block_d)),

@@ -9,6 +9,7 @@ from . import (
     batch_norm_act,
     batch_norm_act_pool,
     conv2d_act,
+    conv2d_b2b,
     drop_path_add,
     global_avg_pool,
     global_response_norm,
@@ -29,6 +30,7 @@ SUBJECTS.update(
         "drop_path_add": drop_path_add.SUBJECT,
         "batch_norm_act_pool": batch_norm_act_pool.SUBJECT,
         "conv2d_act": conv2d_act.SUBJECT,
+        "conv2d_b2b": conv2d_b2b.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)
