@@ -240,10 +240,11 @@ def _refuses_alone(a: Arguments) -> str | None:
         return reason
     if wants_grad(a.next_weight, a.next_bias):
         return "a gradient is wanted (the kernels are for inference)"
-    y, _ = _empty(a, torch.device("meta"))
-    for name, t in (("y", y), ("next_weight", a.next_weight)):
-        if t.shape[1] > 1 and t.stride(1) != 1:
-            return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
+    (_, _, H, W), (_, K, _) = a.x.shape, a.widths
+    name = "x" if H * W > 1 and memory_format(a.x) == torch.contiguous_format else ""
+    name = "next_weight" if a.next_weight.stride(1) != 1 else name
+    if K > 1 and name:
+        return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
     return None
 
 

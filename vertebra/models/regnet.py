@@ -31,7 +31,7 @@ from ..nn import (
     create_norm_act,
     norm_act,
 )
-from ..nn._act import has_hooks
+from ..nn._act import fusible_act, has_hooks
 from ..nn.back_to_back import End, InParts, end_of
 from ._features import feature
 from ._network import Network
@@ -59,9 +59,9 @@ class _ConvNormAct(nn.Sequential):
         conv, norm, act = self
         return conv_norm_act(conv, norm, x, act, residual)
 
-    def end(self, act: nn.Module | None = None) -> End | None:
-        """Return what this runs as one op, if it is 1x1; with another activation, if given."""
-        return None if has_hooks(self) else end_of(self[0], self[1], act or self[2])
+    def end(self) -> End | None:
+        """Return what this runs as one op, if that is 1x1."""
+        return None if has_hooks(self) else end_of(self[0], self[1], self[2])
 
 
 class _NormActConv(nn.Sequential):
@@ -187,9 +187,11 @@ class ResBottleneckBlock(InParts, _Block):
         return None if has_hooks(self.f) else self.f.a.end()
 
     def widen_end(self) -> End | None:
-        if self.training or has_hooks(self.f):
+        end = None if self.training or has_hooks(self.f) else self.f.c.end()
+        act = fusible_act(self.activation)
+        if end is None or act is None or "none" not in (act, end.act):
             return None
-        return self.f.c.end(None if self.drop_path is None else self.activation)
+        return end if act == "none" else End(end.conv, act)
 
 
 class PreActBlock(_Block):
