@@ -22,7 +22,7 @@ from vertebra.models.resnet import ResNet
 from vertebra.nn.back_to_back import BackToBackSequential
 from vertebra.testing.parity import randomize
 
-SHAPE = (1, 3, 40, 33)
+SHAPE = (1, 3, 20, 17)
 OURS = {
     "resnet": {},
     "resnext": {"groups": 4, "width_per_group": 16},
@@ -40,8 +40,8 @@ def own(name: str, **options: Any) -> nn.Module:
     if name.startswith("regnet"):
         options |= {"layer_type": name[-1]} if name[-2] == " " else {"drop_path_rate": 0.1}
         return randomize(_regnet(**options)).eval()
-    shape = {"block": "bottleneck", "layers": (2, 3), "hidden_sizes": (32, 64), "num_classes": 5}
-    return randomize(ResNet(ResNetConfig(**shape, **OURS[name], **options))).eval()
+    shape = {"layers": (2, 3), "hidden_sizes": (32, 64), "embedding_size": 8, "num_classes": 5}
+    return randomize(ResNet(ResNetConfig("bottleneck", **shape, **OURS[name], **options))).eval()
 
 
 def run(model: nn.Module, x: Tensor, path: str = "triton") -> tuple[dict[str, Tensor], Counter]:
