@@ -45,7 +45,7 @@ aot-all: $(READY) $(OLDEST)/.ready  ## every binary of every target on both trit
 gpu:  ## test and measure on this machine's GPU; results go to $OUT, else bench/results
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu
 
-gpu-%:  ## one stage of it, at most 8 minutes: test, kernels, models, train or compile
+gpu-%:  ## one stage of it, at most 8 minutes: test, kernels, models, train, compile or tune
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m vertebra.bench.gpu --stage $*
 
 report: $(READY)  ## write tables and charts of README and docs from committed results

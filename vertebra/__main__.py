@@ -5,7 +5,7 @@ from __future__ import annotations
 try:
     import typer
 
-    from ._cli import drop_in, env, list, parity, predict, report
+    from ._cli import drop_in, env, list, parity, predict, report, tune
     from ._cli._app import Commands
     from .bench.cli import bench
 except ImportError as error:
@@ -27,6 +27,7 @@ app.command()(env.env)
 app.command("list")(list.list_models)
 app.command()(predict.predict)
 app.add_typer(bench, name="bench")
+app.command()(tune.tune)
 app.command()(parity.parity)
 app.command()(drop_in.drop_in)
 app.command()(report.report)

@@ -54,14 +54,16 @@ def test_a_stage_takes_up_where_it_stopped(monkeypatch, tmp_path, stage, capfd) 
 
 
 def test_every_stage_is_a_command_with_the_options_it_is_given() -> None:
-    from vertebra.bench.cli import bench
+    from vertebra.__main__ import app
 
-    commands: Any = typer.main.get_command(bench).commands
+    root: Any = typer.main.get_command(app)
     for name, stage in gpu.STAGES.items():
         if name == "test":
             continue
         arguments = stage(replace(HERE, match="resnet"))
-        command = commands[arguments[arguments.index("bench") + 1]]
+        _, _, _, *words = arguments
+        command = root.commands[words[0]]
+        command = command.commands[words[1]] if words[0] == "bench" else command
         known = {option for parameter in command.params for option in parameter.opts}
         given = {argument for argument in arguments if argument.startswith("--")}
         assert given <= known

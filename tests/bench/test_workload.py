@@ -114,3 +114,16 @@ def test_a_models_providers_suit_the_machine() -> None:
 def test_every_model_measured_by_default_is_one() -> None:
     for names in (models.ON_GPU, models.ON_CPU, models.TINY):
         models.tasks(names, Settings.choose(device="cpu", known=VARIANTS), "forward")
+
+
+@pytest.mark.thorough
+def test_what_is_frozen_has_its_norms_folded() -> None:
+    """Of the networks that Inductor makes of one, only the frozen one holds packed weights."""
+    from torch._inductor.utils import run_and_get_code
+
+    work = workload(2, torch.float32, size=64)
+    torch.compiler.reset()
+    for name, folded in (("compile", False), ("freezing", True)):
+        (provider,) = work.providers([name], "forward")
+        _, codes = run_and_get_code(provider.make(), 0)
+        assert ("mkldnn._convolution_pointwise" in "".join(codes)) is folded

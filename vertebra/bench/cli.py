@@ -100,7 +100,8 @@ def _split(value: str | None) -> list[str]:
     return [part.strip() for part in value.split(",")] if value else []
 
 
-def _numbers(value: str | None) -> list[int]:
+def numbers(value: str | None) -> list[int]:
+    """Return the batches that an option names."""
     try:
         return [int(part) for part in _split(value)]
     except ValueError:
@@ -241,7 +242,7 @@ def _settings(kind: str, options: dict[str, Any], known: Collection[str]) -> Set
     return Settings.choose(
         device=options["device"],
         dtype=options["dtype"],
-        batches=_numbers(options["batch"]),
+        batches=numbers(options["batch"]),
         sweep=options["sweep"],
         own_batches=kind == "kernels",
         image_size=options.get("image_size"),
@@ -385,7 +386,7 @@ def compiling(
             backend=backend,
             device=device,
             dtype=dtype,
-            batches=_numbers(batch),
+            batches=numbers(batch),
             image_size=image_size,
             rounds=rounds,
             providers=_split(providers),

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 RESULTS = Path("bench/results")
+TUNED = ("resnet50", "regnety_040", "convnext_tiny")
 INTERRUPTED = 130
 
 # of a stage's time: when it begins nothing more, when it is interrupted, when it is killed
@@ -60,14 +61,21 @@ def _tests(options: Options) -> list[str]:
     return [*command, f"--junitxml={options.path('test', '.xml')}"]
 
 
-def measuring(command: str, *more: str) -> Stage:
-    """Return the stage that is `vertebra bench COMMAND`, which has to have these options."""
+def measuring(*command: str, files: Sequence[str] = ("json", "csv", "plot")) -> Stage:
+    """Return the stage that is `vertebra COMMAND`, which has to have these options.
+
+    Args:
+        command: with its arguments; the stage has its name.
+        files: the options that name a file to be written.
+    """
+    name = command[1] if command[0] == "bench" else command[0]
 
     def stage(options: Options) -> list[str]:
-        arguments = [sys.executable, "-m", "vertebra", "bench", command, *more, "--resume"]
+        arguments = [sys.executable, "-m", "vertebra", *command, "--resume"]
         arguments += ["--device", options.device, "--minutes", f"{options.minutes * _SOFT:.3f}"]
-        for option, suffix in (("json", ".json"), ("csv", ".csv"), ("plot", ".png")):
-            arguments += [f"--{option}", str(options.path(command, suffix))]
+        for option in files:
+            suffix = ".png" if option == "plot" else f".{option}"
+            arguments += [f"--{option}", str(options.path(name, suffix))]
         if options.match:
             arguments += ["--filter", options.match]
         return [*arguments, *(["--tiny"] if options.tiny else [])]
@@ -77,10 +85,11 @@ def measuring(command: str, *more: str) -> Stage:
 
 STAGES: dict[str, Stage] = {
     "test": _tests,
-    "kernels": measuring("kernels"),
-    "models": measuring("models"),
-    "train": measuring("train"),
-    "compile": measuring("compile"),
+    "kernels": measuring("bench", "kernels"),
+    "models": measuring("bench", "models"),
+    "train": measuring("bench", "train"),
+    "compile": measuring("bench", "compile"),
+    "tune": measuring("tune", *TUNED, "--batch", "256,1", files=("json",)),
 }
 
 

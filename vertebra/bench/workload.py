@@ -300,14 +300,31 @@ def compiled(
     """Return what `torch.compile` makes of a model; modes are Inductor's."""
     options: dict[str, Any] = {}
     if mode == "freezing":
-        options = {"freezing": True}
+        options = {"freezing": True}  # or Dynamo takes for it what it has compiled without
     elif mode != "default":
         inductor: Any = importlib.import_module("torch._inductor")
         options = dict(inductor.list_mode_options(mode))
     if mode == "max-autotune":
         # Triton 3.6 miscompiles Inductor's own convolution kernels at 8 warps (pytorch#173068)
         options["max_autotune_conv_backends"] = "ATEN"
-    return torch.compile(model, backend=backend, dynamic=dynamic, options=options or None)
+    run: Any = torch.compile(model, backend=backend, dynamic=dynamic, options=options or None)
+    return _Frozen(run) if mode == "freezing" else run
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """What is compiled with weights for constants.
+
+    Dynamo reads this setting while it traces. As one of the options of `torch.compile`, which are
+    for what comes after, it has no effect alone.
+    """
+
+    run: Callable[[Tensor], Any]
+
+    def __call__(self, x: Tensor) -> Any:
+        inductor: Any = importlib.import_module("torch._inductor.config")
+        with inductor.patch(freezing=True):
+            return self.run(x)
 
 
 @dataclass(frozen=True)

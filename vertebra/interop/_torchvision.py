@@ -10,7 +10,17 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..kernels import drop_path_add
-from ..nn import ConvNorms, LayerNorm2d, conv_norm_act
+from ..nn import (
+    ConvNorms,
+    Excitation,
+    InputReaders,
+    LayerNorm2d,
+    Unit,
+    conv_norm_act,
+    ends_in_pool,
+    excited,
+    run_into_pool,
+)
 from ..nn._act import has_hooks
 from ..nn.back_to_back import End, InParts, end_of
 from ..nn.fused import is_fused
@@ -26,6 +36,7 @@ torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does
 @accelerates("torchvision.models.resnet.BasicBlock", forward="35a42b79c8d5")
 class _BasicBlock:
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module
@@ -33,15 +44,19 @@ class _BasicBlock:
     bn2: nn.Module
     downsample: nn.Module | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_unit(self) -> Unit:
+        return Unit(self.conv2, self.bn2, self.relu)
+
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut)
+        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, pool)
 
 
 @accelerates("torchvision.models.resnet.Bottleneck", forward="64f3768ca1e8")
 class _Bottleneck(InParts):
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
     bn1: nn.Module
     conv2: nn.Module
@@ -51,6 +66,15 @@ class _Bottleneck(InParts):
     relu: nn.Module
     downsample: nn.Module | None
 
+    def last_unit(self) -> Unit:
+        return Unit(self.conv3, self.bn3, self.relu)
+
+    def narrow_end(self) -> End | None:
+        return end_of(self.conv1, self.bn1, self.relu)
+
+    def widen_end(self) -> End | None:
+        return end_of(*self.last_unit())
+
     def narrow(self, x: Tensor) -> Tensor:
         return conv_norm_act(self.conv1, self.bn1, x, self.relu)
 
@@ -58,14 +82,8 @@ class _Bottleneck(InParts):
         y = conv_norm_act(self.conv2, self.bn2, y, self.relu)
         return y, x if self.downsample is None else self.downsample(x)
 
-    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
-        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut)
-
-    def narrow_end(self) -> End | None:
-        return end_of(self.conv1, self.bn1, self.relu)
-
-    def widen_end(self) -> End | None:
-        return end_of(self.conv3, self.bn3, self.relu)
+    def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
+        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, pool)
 
 
 @accelerates(
@@ -86,8 +104,12 @@ class _ResNet:
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = conv_norm_act(self.conv1, self.bn1, x, self.relu, pool=self.maxpool)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        if ends_in_pool(self.layer4, self.avgpool, x):
+            x = run_into_pool(self.layer4, self.avgpool, x)
+        else:
+            x = self.avgpool(self.layer4(x))
+        return self.fc(torch.flatten(x, 1))
 
 
 @accelerates("torchvision.models._utils.IntermediateLayerGetter", forward="f35b64dca034")
@@ -112,22 +134,56 @@ def _is_conv_norm_act(module: Any) -> str | None:
 class _Conv2dNormActivation(nn.Sequential):
     CONV_NORMS: ClassVar[ConvNorms] = (("0", "1"),)
 
+    def unit(self) -> Unit:
+        return Unit(*self)
+
     def forward(self, input: Tensor) -> Tensor:
         conv, norm, *act = self
         return conv_norm_act(conv, norm, input, act[0] if act else None)
 
 
 @accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="1f053948ac54")
-class _ResBottleneckBlock:
+class _ResBottleneckBlock(InParts):
+    INPUT_READERS: ClassVar[InputReaders] = ("f", "a", "0")
     proj: nn.Module | None
     f: nn.Sequential
     activation: nn.Module
+
+    def narrow_end(self) -> End | None:
+        first: Any = self.f[0]
+        watched = has_hooks(self.f) or has_hooks(first)
+        return None if watched or not hasattr(first, "unit") else end_of(*first.unit())
+
+    def widen_end(self) -> End | None:
+        last: Any = self.f[-1]
+        is_plain = len(self.f) == 3 and len(last) == 2  # without an excitation
+        if not is_plain or has_hooks(self.f) or has_hooks(last):
+            return None
+        conv, norm = last
+        return end_of(conv, norm, self.activation)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return self.f[0](x)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f[1](y), x if self.proj is None else self.proj(x)
+
+    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
+        conv, norm = self.f[-1]  # pyright: ignore
+        return conv_norm_act(conv, norm, y, self.activation, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         *others, last = self.f
         shortcut = x if self.proj is None else self.proj(x)
         if has_hooks(self.f) or has_hooks(last) or len(last) != 2:  # pyright: ignore
             return self.activation(shortcut + self.f(x))
+        if len(others) == 3:  # RegNetY's: 1x1, 3x3, excitation
+            first, conv3x3, se = others
+            x = first(x)
+            y = excited(conv3x3, se, last, x, shortcut, self.activation)
+            if y is not None:
+                return y
+            others = [conv3x3, se]
         for module in others:
             x = module(x)
         conv, norm = last  # pyright: ignore
@@ -144,8 +200,11 @@ class _SqueezeExcitation:
     fc2: nn.Module
     scale_activation: nn.Module
 
+    def excitation(self) -> Excitation:
+        return Excitation(self.fc1, self.activation, self.fc2, self.scale_activation)
+
     def forward(self, input: Tensor) -> Tensor:
-        return excite(input, self.fc1, self.activation, self.fc2, self.scale_activation)
+        return excite(input, *self.excitation())
 
 
 @accelerates("torchvision.ops.misc.FrozenBatchNorm2d", forward="8ccaf36f3872")

@@ -11,13 +11,15 @@ oneDNN's relu returns 0 for NaN; aten's returns NaN.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import _spare
 from ._act import finish
-from ._conv2d import Arguments
+from ._conv2d import Arguments, memory_format
 from ._op import is_plain
 
 _mkldnn: Any = torch.ops.mkldnn
@@ -39,6 +41,7 @@ class _Packed(NamedTuple):
     owner: weakref.ref[nn.Parameter]
     # shares the weight's memory: no other tensor can come to lie there, even if the weight leaves
     source: Tensor
+    place: int
     version: int
     image: torch.Size
     steps: tuple[Any, ...]
@@ -51,21 +54,27 @@ _last: dict[int, torch.Size] = {}  # the image that a parameter last met, if not
 
 def refuses(a: Arguments) -> str | None:
     """Return why oneDNN does not take a call."""
-    if not a.x.is_cpu:
-        return f"device {a.x.device.type} (oneDNN is for CPUs)"
     if a.scale is not None:
         return "a scale (fold it into weight)"
+    if a.act not in _ACTIVATIONS:
+        return f"act {a.act} (not one of oneDNN's)"
+    reason = refuses_map(a.x)
+    if reason is None and not is_plain(a):
+        return "something traces, transforms or wraps the call"
+    return reason
+
+
+def refuses_map(x: Tensor) -> str | None:
+    """Return why oneDNN takes no convolution of x."""
+    if not x.is_cpu:
+        return f"device {x.device.type} (oneDNN is for CPUs)"
     if torch.compiler.is_compiling():
         return "it is being compiled (Inductor has oneDNN do the same)"
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "oneDNN is missing or switched off (torch.backends.mkldnn)"
-    if not _is_supported(a.x.dtype):
-        return f"dtype {a.x.dtype} (not one that oneDNN has for this CPU)"
-    if a.act not in _ACTIVATIONS:
-        return f"act {a.act} (not one of oneDNN's)"
-    if a.x.numel() == 0:
-        return "empty input"
-    return None if is_plain(a) else "something traces, transforms or wraps the call"
+    if not _is_supported(x.dtype):
+        return f"dtype {x.dtype} (not one that oneDNN has for this CPU)"
+    return "empty input" if x.numel() == 0 else None
 
 
 def _is_supported(dtype: torch.dtype) -> bool:
@@ -76,25 +85,45 @@ def _is_supported(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def conv2d(a: Arguments) -> Tensor:
-    """Return the result of a call, in channels_last."""
-    x, bias = a.x, a.bias
+def bound(a: Arguments) -> Callable[..., Tensor]:
+    """Return what runs calls of the signature of `a`, given the op's arguments.
+
+    All that follows from the signature is found out here: for one small image a network spends as
+    long between its convolutions as in them.
+    """
     steps = (a.padding, a.stride, a.dilation, a.groups)
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    weight = _pack(a.weight, x.shape, steps)
-    if weight is a.weight:  # channels_last out of whatever comes in, as with packed weights
-        x = x.contiguous(memory_format=torch.channels_last)
     name, algorithm = _ACTIVATIONS[a.act]
-    if a.residual is None:
-        return _mkldnn._convolution_pointwise(x, weight, bias, *steps, name, [], algorithm)
-    if a.groups == 1 and a.act in ("none", "relu"):  # PyTorch has no other adds
-        last = None if a.act == "none" else name
-        return _mkldnn._convolution_pointwise.binary(
-            *(x, a.residual, weight, bias, *steps, "add", 1.0, last, [], None)
-        )
-    y = _mkldnn._convolution_pointwise(x, weight, bias, *steps, "none", [], "")
-    return finish(y, a.residual, a.act)
+    last = None if a.act == "none" else name
+    adds = a.groups == 1 and a.act in ("none", "relu")  # PyTorch has no other adds
+    rounds_bias = a.bias is not None and a.bias.dtype != a.x.dtype
+    image, act, wanted = a.x.shape, a.act, memory_format(a.x)
+    # whose memory format oneDNN takes for y's
+    dense = a.residual is not None and a.residual.is_contiguous(memory_format=torch.channels_last)
+    overwrites = adds and dense and wanted is torch.channels_last
+    unary = _mkldnn._convolution_pointwise.default
+    binary = _mkldnn._convolution_pointwise.binary
+    in_place = _mkldnn._convolution_pointwise_.binary
+
+    def run(
+        x: Tensor, weight: Tensor, _: None, bias: Tensor | None, residual: Tensor | None, *__: Any
+    ) -> Tensor:
+        if rounds_bias and bias is not None:
+            bias = bias.to(x.dtype)
+        packed = _pack(weight, image, steps)
+        if packed is weight:  # channels_last out of whatever comes in, as with packed weights
+            x = x.contiguous(memory_format=torch.channels_last)
+        if residual is None:
+            y = unary(x, packed, bias, *steps, name, [], algorithm)
+        elif overwrites and _spare.take(residual) and residual.data_ptr() != x.data_ptr():
+            y = in_place(residual, x, packed, bias, *steps, "add", 1.0, last, [], None)
+        elif adds:
+            y = binary(x, residual, packed, bias, *steps, "add", 1.0, last, [], None)
+        else:
+            y = unary(x, packed, bias, *steps, "none", [], "")
+            y = finish(y, residual, act)
+        return y if wanted is torch.channels_last else y.contiguous(memory_format=wanted)
+
+    return run
 
 
 def forget(weight: Tensor) -> None:
@@ -122,13 +151,15 @@ def _pack(weight: Tensor, image: torch.Size, steps: tuple[Any, ...]) -> Tensor:
         found is not None
         and found.owner() is owner
         and found.version == owner._version
-        and found.source.data_ptr() == weight.data_ptr()
-        and (found.source.dtype, found.source.stride()) == (weight.dtype, weight.stride())
-        and found.source.shape == weight.shape
+        and found.place == weight.data_ptr()
         and found.steps == steps
+        and found.source.stride() == weight.stride()
+        and found.source.dtype == weight.dtype
+        and found.source.shape == weight.shape
     ):
         if found.image == image:
-            _last.pop(key, None)
+            if _last:
+                _last.pop(key, None)
             return found.weight
         if _last.get(key) != image:
             _last[key] = image
@@ -140,5 +171,7 @@ def _pack(weight: Tensor, image: torch.Size, steps: tuple[Any, ...]) -> Tensor:
             source.to_mkldnn(), *steps, list(image)
         )
     kept_with = weakref.ref(owner, lambda _: _drop(key))
-    _packed[key] = _Packed(kept_with, source, owner._version, image, steps, packed)
+    _packed[key] = _Packed(
+        kept_with, source, source.data_ptr(), owner._version, image, steps, packed
+    )
     return packed

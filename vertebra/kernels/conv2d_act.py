@@ -42,7 +42,16 @@ from torch import Tensor
 from . import _choices, _onednn
 from ._act import finish
 from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision, site
-from ._op import Choice, Op, Traffic, define, has_kernels, refuses, wants_grad
+from ._op import (
+    Choice,
+    Op,
+    Traffic,
+    current_backend,
+    define,
+    has_kernels,
+    refuses,
+    wants_grad,
+)
 
 
 def conv2d_act(
@@ -66,12 +75,12 @@ def conv2d_act(
     tensor([0.0000, 1.5000])
     """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        x, weight, residual = _autocast(x, weight, residual)
+        x, weight, residual = cast_by_autocast(x, weight, residual)
     steps = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation))
     return op(x, weight, scale, bias, residual, *steps, groups, act, precision(x), "")
 
 
-def _autocast(
+def cast_by_autocast(
     x: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast casts the arguments of a convolution."""
@@ -205,8 +214,7 @@ def _refuses_cudnn_fused(a: Arguments) -> str | None:
 
 
 def _on_onednn(a: Arguments) -> Tensor:
-    y = _onednn.conv2d(a) if torch.backends.mkldnn.enabled else _eager(*a)
-    return y.contiguous(memory_format=memory_format(a.x))
+    return _onednn.bound(a)(*a)
 
 
 def _refuses_onednn(a: Arguments) -> str | None:
@@ -250,9 +258,7 @@ def _as(name: str, *args: Any) -> Arguments:
 
 def _ranked(a: Arguments) -> list[tuple[str, str]]:
     """Return the candidates for a call, best first, each with what speaks for it."""
-    default = "cudnn" if a.x.is_cuda else "triton"
-    if a.x.is_cpu and not has_kernels(a.x):
-        default = "onednn"
+    default = default_for(a.x)
     if torch.compiler.is_compiling() or not all(isinstance(n, int) for n in a.x.shape):
         return [(default, "the default for sizes that may change")]
     device = _choices.device_name(a.x.device)
@@ -260,6 +266,13 @@ def _ranked(a: Arguments) -> list[tuple[str, str]]:
     if measured is None:
         return [(default, f"the default, as nothing is measured on {device}")]
     return [(measured, f"measured to be the fastest on {device}"), (default, "the default")]
+
+
+def default_for(x: Tensor) -> str:
+    """Return the candidate for convolutions of x where nothing is measured."""
+    if x.is_cuda:
+        return "cudnn"
+    return "triton" if has_kernels(x) else "onednn"
 
 
 def _choose(*args: Any) -> Choice:
@@ -275,7 +288,7 @@ def _choose(*args: Any) -> Choice:
             path = _candidate(name).path
             why = "; ".join([*reasons, f"{name}: {merit}"])
             if path == "onednn":  # no kernel of ours, so no registered op
-                return Choice(path, _run_onednn, why, lasts=True)
+                return Choice(path, _while_enabled(_onednn.bound(Arguments(*args))), why, True)
             return Choice(path, partial(_run_as, name), None if path == "triton" else why)
         reasons.append(reason)
     if given:
@@ -283,8 +296,25 @@ def _choose(*args: Any) -> Choice:
     return Choice("eager", _eager, reasons[0])
 
 
-def _run_onednn(*args: Any) -> Tensor:
-    return _on_onednn(Arguments(*args))
+def runs_on_onednn(x: Tensor) -> bool:
+    """Return whether convolutions of x, without a scale, run as oneDNN's unless told otherwise."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_cpu
+        and not has_kernels(x)
+        and current_backend() == "auto"
+        and not wants_grad(x)
+        and _onednn.refuses_map(x) is None
+    )
+
+
+def _while_enabled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `run`, but the definition where oneDNN is switched off after all."""
+
+    def call(*args: Any) -> Tensor:
+        return run(*args) if torch.backends.mkldnn.enabled else _eager(*args)
+
+    return call
 
 
 def _run_as(name: str, *args: Any) -> Tensor:
@@ -299,15 +329,29 @@ def _refuses(*args: Any) -> str | None:
     return _refuses_as(args[-1] or "triton", *args)
 
 
+def on_kernels(*args: Any) -> str | None:
+    """Return the candidate by which kernels of ours run a call, None where something else does."""
+    if args[0].is_cuda and torch.compiler.is_compiling():
+        return None  # the registered op chooses when it runs
+    if current_backend() == "eager" or not has_kernels(args[0]):
+        return None
+    given = "triton" if current_backend() == "triton" else args[-1]
+    for name in [given] if given else [name for name, _ in _ranked(Arguments(*args))]:
+        if _refuses_as(name, *args) is None:
+            return name if _candidate(name).path == "triton" else None
+    return None
+
+
 def candidates(*args: Any) -> list[str]:
     """Return the candidates that take a call of the op, configurations and all: what to measure.
 
-    Any of them, as the last argument, runs the call.
+    Any of them, as the last argument, runs the call. The first is what runs without a table.
     """
+    x: Tensor = args[0]
     found = [name for name in CANDIDATES if _refuses_as(name, *args) is None]
-    if "triton" not in found:
-        return found
-    return [name for name in found if name != "triton"] + configurations(*args)
+    if "triton" in found:
+        found = [name for name in found if name != "triton"] + configurations(*args)
+    return sorted(found, key=lambda name: name.partition(":")[0] != default_for(x))
 
 
 def configurations(*args: Any) -> list[str]:

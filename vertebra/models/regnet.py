@@ -24,11 +24,14 @@ from ..nn import (
     CheckpointSequential,
     ConvNorms,
     DropPathAdd,
+    InputReaders,
     SqueezeExcite,
+    Unit,
     conv_norm_act,
     create_act,
     create_conv2d,
     create_norm_act,
+    excited,
     norm_act,
 )
 from ..nn._act import fusible_act, has_hooks
@@ -55,13 +58,14 @@ class _ConvNormAct(nn.Sequential):
         act = create_act(config.act_layer if apply_act else None)  # for norms that bring none
         super().__init__(conv, _norm(config, conv.out_channels, apply_act), act)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv, norm, act = self
-        return conv_norm_act(conv, norm, x, act, residual)
+    def unit(self) -> Unit:
+        return Unit(*self)
 
-    def end(self) -> End | None:
-        """Return what this runs as one op, if that is 1x1."""
-        return None if has_hooks(self) else end_of(self[0], self[1], self[2])
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+    ) -> Tensor:
+        conv, norm, act = self
+        return conv_norm_act(conv, norm, x, act, residual, pool)
 
 
 class _NormActConv(nn.Sequential):
@@ -116,6 +120,8 @@ def _projection(config: RegNetConfig, block: Block) -> nn.Module | None:
 class BottleneckTransform(nn.Sequential):
     """`c(se(b(a(x)))) + residual`: a 1x1, a 3x3 with stride and groups, a 1x1; "x" has no `se`."""
 
+    CONV_NORMS: ClassVar[ConvNorms] = ()  # its children's affair
+
     def __init__(self, config: RegNetConfig, block: Block, apply_act: bool) -> None:
         super().__init__()
         width = config.bottleneck_width(block.out_channels)
@@ -124,11 +130,18 @@ class BottleneckTransform(nn.Sequential):
         self.se = _squeeze_excite(config, width, block)
         self.c = _ConvNormAct(config, _conv1x1(width, block.out_channels), apply_act)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = self.b(self.a(x))
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+    ) -> Tensor:
+        x = self.a(x)
+        if self.se is not None:
+            y = excited(self.b, self.se, self.c, x, residual, pool=pool)
+            if y is not None:
+                return y
+        x = self.b(x)
         if self.se is not None:
             x = self.se(x)
-        return self.c(x, residual)
+        return self.c(x, residual) if pool is None else self.c(x, residual, pool)
 
 
 class _Block(nn.Module):
@@ -151,6 +164,8 @@ class ResBottleneckBlock(InParts, _Block):
     The add and the activation are part of f's last op, unless stochastic depth comes before them.
     """
 
+    INPUT_READERS: ClassVar[InputReaders] = ("f", "a", "0")
+
     def __init__(self, config: RegNetConfig, block: Block) -> None:
         super().__init__(config, block)
         rate = block.drop_path_rate if self.adds else 0.0
@@ -165,33 +180,41 @@ class ResBottleneckBlock(InParts, _Block):
         if weight is not None:
             nn.init.zeros_(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.shortcut(x)
-        if self.drop_path is not None and self.training:
-            y = self.drop_path(self.f(x), shortcut)
-        else:
-            y = self.f(x, shortcut)
-        return self.activation(y)
+    def last_unit(self) -> Unit | None:
+        """Return what this ends in, if it is a convolution and what follows that."""
+        watched = has_hooks(self.f) or has_hooks(self.f.c) or has_hooks(self.activation)
+        return None if watched or self.drop_path is not None else self.f.c.unit()
+
+    def narrow_end(self) -> End | None:
+        watched = has_hooks(self.f) or has_hooks(self.f.a)
+        return None if watched else end_of(*self.f.a.unit())
+
+    def widen_end(self) -> End | None:
+        if self.training or self.f.se is not None or has_hooks(self.f) or has_hooks(self.f.c):
+            return None
+        end, act = end_of(*self.f.c.unit()), fusible_act(self.activation)
+        if end is None or act is None or "none" not in (act, end.act):
+            return None
+        return end if act == "none" else End(end.conv, act)
 
     def narrow(self, x: Tensor) -> Tensor:
         return self.f.a(x)
 
     def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = self.f.b(y)
-        return y if self.f.se is None else self.f.se(y), self.shortcut(x)
+        return self.f.b(y), self.shortcut(x)
 
     def widen(self, y: Tensor, shortcut: Tensor | None) -> Tensor:
         return self.activation(self.f.c(y, shortcut))
 
-    def narrow_end(self) -> End | None:
-        return None if has_hooks(self.f) else self.f.a.end()
-
-    def widen_end(self) -> End | None:
-        end = None if self.training or has_hooks(self.f) else self.f.c.end()
-        act = fusible_act(self.activation)
-        if end is None or act is None or "none" not in (act, end.act):
-            return None
-        return end if act == "none" else End(end.conv, act)
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
+        shortcut = self.shortcut(x)
+        if isinstance(pool, nn.Module):  # by who has asked for `last_unit`
+            return self.f(x, shortcut, pool)
+        if self.drop_path is not None and self.training:
+            y = self.drop_path(self.f(x), shortcut)
+        else:
+            y = self.f(x, shortcut)
+        return self.activation(y)
 
 
 class PreActBlock(_Block):
@@ -299,6 +322,10 @@ class RegNet(Network):
 
     def forward_neck(self, x: Tensor) -> Tensor:
         return x if self.final_conv is None else self.final_conv(x)
+
+    @property
+    def has_neck(self) -> bool:
+        return self.final_conv is not None
 
     def drop_neck(self) -> None:
         self.final_conv = None

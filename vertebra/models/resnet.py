@@ -25,6 +25,8 @@ from ..nn import (
     ConvNorms,
     DropBlock2d,
     DropPath,
+    InputReaders,
+    Unit,
     attn_act,
     conv_norm_act,
     create_aa,
@@ -63,6 +65,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
 
     def __init__(
         self,
@@ -95,14 +98,20 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_unit(self) -> Unit | None:
+        """Return what this ends in, if it is a convolution and what follows that."""
+        if self.se is not None:
+            return None
+        return Unit(self.conv2, self.bn2, self.relu, self.drop_path)
+
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         y = conv_norm_act(self.conv1, self.bn1, x, self.relu, drop=self.drop_block)
         y = y if self.aa is None else self.aa(y)
         shortcut = x if self.downsample is None else self.downsample(x)
         if self.se is not None:
             y = conv_norm_act(self.conv2, self.bn2, y)
             return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
-        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, drop=self.drop_path)
+        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, pool, self.drop_path)
 
 
 class Bottleneck(InParts, nn.Module):
@@ -113,6 +122,7 @@ class Bottleneck(InParts, nn.Module):
 
     expansion = 4
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
 
     def __init__(
         self,
@@ -149,6 +159,19 @@ class Bottleneck(InParts, nn.Module):
         self.downsample = downsample
         self.drop_path = drop_path
 
+    def last_unit(self) -> Unit | None:
+        """Return what this ends in, if it is a convolution and what follows that."""
+        if self.se is not None:
+            return None
+        return Unit(self.conv3, self.bn3, self.relu, self.drop_path)
+
+    def narrow_end(self) -> End | None:
+        return end_of(self.conv1, self.bn1, self.relu)
+
+    def widen_end(self) -> End | None:
+        unit = self.last_unit()
+        return None if unit is None else end_of(*unit)
+
     def narrow(self, x: Tensor) -> Tensor:
         return conv_norm_act(self.conv1, self.bn1, x, self.relu)
 
@@ -157,19 +180,11 @@ class Bottleneck(InParts, nn.Module):
         y = y if self.aa is None else self.aa(y)
         return y, x if self.downsample is None else self.downsample(x)
 
-    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
+    def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
         if self.se is not None:
             y = conv_norm_act(self.conv3, self.bn3, y)
             return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
-        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, drop=self.drop_path)
-
-    def narrow_end(self) -> End | None:
-        return end_of(self.conv1, self.bn1, self.relu)
-
-    def widen_end(self) -> End | None:
-        if self.se is not None:
-            return None
-        return end_of(self.conv3, self.bn3, self.relu, self.drop_path)
+        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, pool, self.drop_path)
 
 
 def _stem_conv(config: ResNetConfig) -> nn.Module:

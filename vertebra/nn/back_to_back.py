@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..kernels._op import has_kernels
 from ..kernels.conv2d_b2b import as_one
 from ._act import has_hooks
-from .checkpoint import CheckpointSequential
 from .fused import Folded, FusedConv2d, epilogue, is_fused
+from .fused_blocks import FusedBlocks
 
 
 class End(NamedTuple):
@@ -43,39 +43,39 @@ class InParts:
     """What a bottleneck derives from to run in three parts: narrow, work, widen.
 
     The first and the last one say of themselves, as `narrow_end` and `widen_end`, whether one
-    convolution is all they are.
+    convolution is all they are; `work` is asked for by itself only if they are.
     """
+
+    def narrow_end(self) -> End | None:
+        """Return the convolution that `narrow` is, and nothing else; None if it is not."""
+        raise NotImplementedError
+
+    def widen_end(self) -> End | None:
+        """Return the convolution that `widen` is, and nothing else; None if it is not."""
+        raise NotImplementedError
 
     def narrow(self, x: Tensor) -> Tensor:
         """Return what the block works on."""
         raise NotImplementedError
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Any]:
         """Return what is widened, from what `narrow` made of x, and the shortcut, if any."""
         raise NotImplementedError
 
-    def widen(self, y: Tensor, shortcut: Tensor | None) -> Tensor:
+    def widen(self, y: Tensor, shortcut: Any) -> Tensor:
         """Return the output, the shortcut added."""
         raise NotImplementedError
 
-    def narrow_end(self) -> End | None:
-        """Return the convolution that `narrow` is, and nothing else; None if it is not."""
-        return None
-
-    def widen_end(self) -> End | None:
-        """Return the convolution that `widen` is, and nothing else; None if it is not."""
-        return None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run all of it."""
-        return self.widen(*self.work(self.narrow(x), x))
+    def forward(self, x: Tensor, *pool: Any) -> Tensor:
+        """Run all of it, and a pool if one is given."""
+        return self.widen(*self.work(self.narrow(x), x), *pool)
 
 
-class BackToBackSequential(CheckpointSequential):
-    """What `vertebra.fuse` makes of a plain sequence of bottlenecks.
+class BackToBack(FusedBlocks):
+    """`FusedBlocks` among which there are bottlenecks in a row.
 
-    The same numbers as by running one after the other, which it does wherever somebody watches a
-    block by hooks, or no kernel of ours runs.
+    Where one kernel runs the end of one and the beginning of the next, and nobody watches, it does.
+    Everywhere else this is `FusedBlocks`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,9 +111,6 @@ def _ends(block: nn.Module, following: nn.Module) -> tuple[End, End] | None:
     return None if last is None or first is None else (last, first)
 
 
-def put_back_to_back(sequence: nn.Module) -> None:
-    """Make a plain sequence in which there are bottlenecks in a row a `BackToBackSequential`."""
-    if type(sequence) in (nn.Sequential, CheckpointSequential) and any(
-        _ends(*blocks) for blocks in pairwise(sequence.children())
-    ):
-        sequence.__class__ = BackToBackSequential
+def has_neighbours(sequence: nn.Module) -> bool:
+    """Return whether two blocks in a sequence have convolutions that are one op between them."""
+    return any(_ends(*blocks) for blocks in pairwise(sequence.children()))

@@ -9,6 +9,7 @@ from . import (
     batch_norm_act,
     batch_norm_act_pool,
     conv2d_act,
+    conv2d_act_pool,
     conv2d_b2b,
     drop_path_add,
     global_avg_pool,
@@ -16,6 +17,7 @@ from . import (
     layer_norm_2d,
     scale_bias_act,
     squeeze_excite,
+    squeeze_gate,
 )
 from ._case import DTYPES, LAYOUTS, SUBJECTS, Case, Draw, Inputs, Subject
 
@@ -30,7 +32,9 @@ SUBJECTS.update(
         "drop_path_add": drop_path_add.SUBJECT,
         "batch_norm_act_pool": batch_norm_act_pool.SUBJECT,
         "conv2d_act": conv2d_act.SUBJECT,
+        "conv2d_act_pool": conv2d_act_pool.SUBJECT,
         "conv2d_b2b": conv2d_b2b.SUBJECT,
+        "squeeze_gate": squeeze_gate.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)
