@@ -103,7 +103,7 @@ def test_what_does_not_run_as_one_kernel(name: str, device) -> None:
         args[8] = values[8]
     reason = module._refuses_as_one(module.Arguments(*args), "triton")
     assert words.split(" .")[0] in reason
-    assert [op for op, _ in calls((*args,))] == ["conv2d_act"] * 2
+    assert [op for op, _ in calls((*args,))] == ["conv2d_b2b", "conv2d_act", "conv2d_act"]
     with backend("triton"):
         if name == "format":
             with pytest.raises(NotImplementedError, match=words):
@@ -173,7 +173,7 @@ def table(device, tmp_path, monkeypatch):
     _choices.forget()
 
 
-APART = [("conv2d_act", "triton")] * 2
+APART = [("conv2d_b2b", "apart"), *[("conv2d_act", "triton")] * 2]
 SITE = "24x7x9 > 72 > 24 float16 residual"
 
 

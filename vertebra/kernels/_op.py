@@ -110,10 +110,9 @@ class Choice(NamedTuple):
     """How a call runs: the path that `explain` shows, the implementation, why it is not Triton.
 
     `lasts`: calls of the same signature run so without being asked about, or checked, again.
-    Without a path it is other ops that run, and are observed.
     """
 
-    path: str | None
+    path: str
     run: Callable[..., Any]
     reason: str | None
     lasts: bool = False
@@ -193,7 +192,7 @@ class Op:
         choice = self._choice(*args)
         if choice.lasts and is_plain(args):
             self._chosen.note(args)[0].plans[torch.is_grad_enabled()] = choice.run
-        if _observer is not None and choice.path is not None:
+        if _observer is not None:
             _observer(Call(self, args, choice.path, choice.reason))
         return choice.run(*args)
 
