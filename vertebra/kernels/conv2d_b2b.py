@@ -19,11 +19,12 @@ Source   back-to-back GEMMs and convolutions of CUTLASS (examples/13), with a ma
 There are two candidates, by name:
 
     triton   one kernel of ours, of which a configuration may follow, "triton:128x64:w8:s2"; where
-             it does not take a call, two kernels of `conv2d_act`
+             it does not take a call, and Triton is asked for, two kernels of `conv2d_act`
     apart    two calls of `conv2d_act`, which choose, and are observed, for themselves
 
-A table of what was measured chooses, as for `conv2d_act`. Where nothing was, arithmetic does: see
-`_advises_against`.
+A call takes the kernel if that takes it. `vertebra.fuse`, which can do without, asks for the "best"
+of both: a table of what was measured chooses, as for `conv2d_act`, and where nothing was measured,
+arithmetic, see `_advises_against`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def as_one(*args: Any) -> Maps | None:
     if torch.compiler.is_compiling():
         # sizes may be symbols there: the registered op chooses when it runs
         one = (_refuses_alone(a) or _advises_against(a)) is None
-        return op(*a) if one else None
+        return op(*a._replace(candidate="best")) if one else None
     name = _best(a)[0]
     return None if name == "apart" else op(*a._replace(candidate=name))
 
@@ -199,7 +200,7 @@ def _forward(*args: Any) -> Maps:
     from ._triton import conv2d_b2b as kernels
 
     a = Arguments(*args)
-    name = a.candidate or _best(a)[0]
+    name = _chosen(a)[0]
     if name == "apart":
         return _apart(*args)
     if name == "triton" and _refuses_as_one(a, name) is not None:
@@ -315,19 +316,30 @@ def _best(a: Arguments) -> tuple[str, str]:
 def _choose(*args: Any) -> Choice:
     """Return how "auto" runs a call."""
     a = Arguments(*args)
-    if a.candidate not in ("", "apart"):
+    if a.candidate not in ("", "best", "apart"):
         reason = _refuses_as_one(a, a.candidate)
         if reason is not None:
             raise NotImplementedError(f"conv2d_b2b cannot run as {a.candidate!r}: {reason}")
         return Choice("triton", _forward, None)
     reason = _refuses_alone(a)
-    if reason is None and torch.compiler.is_compiling():
+    if reason is not None:
+        return Choice("eager", _eager, reason, lasts=True)
+    if torch.compiler.is_compiling():
         return Choice("triton", _forward, None)
-    if reason is None and not a.candidate:
-        name, reason = _best(a)
-        if name != "apart":
-            return Choice("triton", partial(_run_as, name), None)
-    return Choice("apart", _apart, reason, lasts=True)
+    name, reason = _chosen(a)
+    if name == "apart":
+        return Choice("apart", _apart, reason)
+    return Choice("triton", partial(_run_as, name), None)
+
+
+def _chosen(a: Arguments) -> tuple[str, str]:
+    """Return the candidate that runs a call which is not refused, and why."""
+    if a.candidate == "best":
+        return _best(a)
+    if a.candidate:
+        return a.candidate, "asked for"
+    reason = _refuses_as_one(a, "triton")
+    return ("triton", "one kernel takes it") if reason is None else ("apart", reason)
 
 
 def _run_as(name: str, *args: Any) -> Maps:
