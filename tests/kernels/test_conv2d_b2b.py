@@ -145,6 +145,7 @@ def test_empty_batch(device) -> None:
     x, weight, next_weight, *rest = arguments(device)
     y, z = module.op(x[:0], weight, next_weight, *rest[:2], rest[2][:0], *rest[3:])
     assert (y.shape, z.shape) == ((0, 72, 7, 9), (0, 24, 7, 9))
+    assert module.as_one(x[:0], weight, next_weight, *rest[:2], rest[2][:0], *rest[3:5]) is None
 
 
 # ---------------------------------------------------------------------------------------- choices
@@ -206,7 +207,7 @@ def test_arithmetic() -> None:
         options = (f"k={K}", f"d={D}")
         case = Case("conv2d_b2b", (1, C, 2, 2), dtype=dtype, options=options)
         inputs = case.inputs("meta").values()
-        return module._advises_against(module.Arguments(*inputs, "relu", "relu", "", ""))
+        return module.advises_against(module.Arguments(*inputs, "relu", "relu", "", ""))
 
     for C, K, D in ((64, 256, 64), (128, 512, 128), (128, 256, 128), (96, 96, 96), (48, 48, 48)):
         assert advice(C, K, D) is None
