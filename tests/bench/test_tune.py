@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import vertebra
 from vertebra.bench import tune
 from vertebra.bench.pages import tuning
 from vertebra.bench.pages.sources import Sources
@@ -46,17 +47,30 @@ def place(channels: int = 8, **changes: Any) -> Place:
     bias = torch.empty(16, device="meta")
     steps = ((1, 1), (0, 0), (1, 1))
     a = Arguments(x, weight, None, bias, None, *steps, 1, "relu", "tf32", "")
-    return Place(a._replace(**changes), 3)
+    return Place(tune.ALONE, a._replace(**changes), 3)
 
 
-def run(where: Place, names: list[str], monkeypatch: pytest.MonkeyPatch) -> Report:
-    monkeypatch.setattr(tune, "candidates", lambda *_: names)
+def pair() -> Place:
+    def maps(channels: int) -> torch.Tensor:
+        x = torch.empty(1, channels, 5, 8, dtype=torch.float16, device="meta")
+        return x.contiguous(memory_format=torch.channels_last)
+
+    weight, following = (
+        torch.empty(*sizes, 1, 1, dtype=torch.float16, device="meta")
+        for sizes in ((32, 16), (16, 32))
+    )
+    a = tune.Pair(maps(16), weight, following, None, None, maps(32), "relu", "relu", "", "")
+    return Place(tune.PAIRS, a, 2)
+
+
+def run(where: Place, names: list[str]) -> Report:
+    where = where._replace(tuned=where.tuned._replace(candidates=lambda *_: names))
     session = Session.open("tune", SETTINGS)
     return session.run(tune.tasks([where], SETTINGS))
 
 
-def table() -> dict[str, Any]:
-    path = tune.table_of(torch.device("cpu"))
+def table(tuned: tune.Tuned = tune.ALONE) -> dict[str, Any]:
+    path = tune.table_of(torch.device("cpu"), tuned)
     return json.loads(path.read_text())["choices"] if path.exists() else {}
 
 
@@ -72,7 +86,7 @@ def test_every_convolution_is_found_once(name) -> None:
     calls: list[Any] = []
     with torch.no_grad(), observe(calls.append):
         model(x)
-    convolutions = [Arguments(*call.args) for call in calls if call.op is tune.op]
+    convolutions = [Arguments(*call.args) for call in calls if call.op is tune.ALONE.op]
     places = tune.convolutions(model, x)
     assert sum(p.count for p in places) == len(convolutions)
     assert {p.site for p in places} == {site(a) for a in convolutions}
@@ -80,7 +94,7 @@ def test_every_convolution_is_found_once(name) -> None:
 
 
 def test_the_first_candidate_is_what_runs_without_a_table() -> None:
-    problem = tune.Problem.create(place().arguments, 2, torch.device("cpu"))
+    problem = tune.Problem.create(place(), 2, torch.device("cpu"))
     names = module().candidates(*problem.sets[0])
     assert names[0].startswith("triton:")
     assert len(names) > 3
@@ -88,10 +102,10 @@ def test_the_first_candidate_is_what_runs_without_a_table() -> None:
 
 def test_the_fastest_is_written_and_then_chosen(monkeypatch) -> None:
     where = place()
-    problem = tune.Problem.create(where.arguments, 2, torch.device("cpu"))
+    problem = tune.Problem.create(where, 2, torch.device("cpu"))
     names = module().candidates(*problem.sets[0])[:3]
     monkeypatch.setattr(tune, "best", lambda c: next(r for r in c.rows if r.provider == names[2]))
-    report = run(where, names, monkeypatch)
+    report = run(where, names)
     (comparison,) = report.comparisons
     assert [row.status for row in comparison.rows] == ["ok"] * 3
     assert not report.failed
@@ -111,11 +125,36 @@ def test_a_wrong_candidate_is_reported_and_never_chosen(monkeypatch) -> None:
     for name, compute in (("quick", wrong), ("plain", lambda a: module()._eager(*a))):
         liar = honest._replace(compute=compute, refuses=lambda _: None)
         monkeypatch.setitem(module().CANDIDATES, name, liar)
-    report = run(where, ["plain", "quick"], monkeypatch)
+    report = run(where, ["plain", "quick"])
     rows = {row.provider: row.status for row in report.comparisons[0].rows}
     assert rows == {"plain": "ok", "quick": "WRONG"}
     assert report.failed
     assert table() == {where.site: {"2": "plain"}}
+
+
+def test_pairs_are_measured_against_the_two_apart() -> None:
+    where = pair()
+    problem = tune.Problem.create(where, 2, torch.device("cpu"))
+    names = tune.PAIRS.candidates(*problem.sets[0])[:2]
+    assert names[0] == "apart"
+    assert names[1].startswith("triton:")
+    report = run(where, names)
+    (comparison,) = report.comparisons
+    assert [row.status for row in comparison.rows] == ["ok"] * 2
+    assert table(tune.PAIRS)[where.site]["2"] in names
+    assert not table()
+
+
+def test_the_pairs_of_a_network_are_found() -> None:
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float16)
+    bottlenecks, plain = (
+        tune.pairs(vertebra.fuse(vertebra.create_model(name).half().eval()), x)
+        for name in ("resnet50", "resnet18")
+    )
+    # between 3, 4 and 6 blocks; the last stage ends in the pool
+    assert sum(place.count for place in bottlenecks) == 2 + 3 + 5
+    assert bottlenecks[0].site == "64x16x16 > 256 > 64 float16 residual"
+    assert not plain
 
 
 def compared(default: list[float], **others: list[float]) -> Comparison:
@@ -141,7 +180,7 @@ def test_layouts_shapes_and_types_of_the_inputs() -> None:
     like = place().arguments
     residual = torch.empty(1, 16, 5, 7, device="meta").contiguous(memory_format=torch.channels_last)
     given = like._replace(x=like.x.half(), weight=like.weight.half(), residual=residual.half())
-    problem = tune.Problem.create(given, 3, torch.device("cpu"))
+    problem = tune.Problem.create(Place(tune.ALONE, given, 1), 3, torch.device("cpu"))
     assert len(problem.sets) == 2
     for a in problem.sets:
         assert a.x.shape == (3, 8, 5, 7)
@@ -161,12 +200,13 @@ def command(*arguments: str) -> Any:
 
 
 def test_a_trial_prints_and_writes_no_table(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(tune, "candidates", lambda *args: module().candidates(*args)[:1])
+    few = tune.ALONE._replace(candidates=lambda *args: module().candidates(*args)[:1])
+    monkeypatch.setattr(tune, "ALONE", few)
     path = tmp_path / "tune.json"
     options = ["--device", "cpu", "--tiny", "--image-size", "32", "--batch", "1"]
     done = command("regnetx_002", *options, "--filter", "1x1", "--json", str(path))
     assert done.exit_code == 0, done.output
-    assert "all of these take" in done.output
+    assert "all convolutions take" in done.output
     assert len(Report.load(path).comparisons) == 3
     assert not table()
 
@@ -174,7 +214,7 @@ def test_a_trial_prints_and_writes_no_table(tmp_path, monkeypatch) -> None:
 def test_a_run_has_its_table_on_a_page(tmp_path) -> None:
     """What is timed goes in with what is not, and what is not told apart as untuned."""
     rows = [Row("cudnn", True, samples_ms=[2.0] * 3), Row("triton:x", False, samples_ms=[1.0] * 3)]
-    facts = {"site": "8x5x7 > 16 1x1", "batch": 4, "count": 3, "dtype": "fp32"}
+    facts = {"op": "conv2d_act", "site": "8x5x7 > 16 1x1", "batch": 4, "count": 3, "dtype": "fp32"}
     failed = Comparison("b", [Row("cudnn", True, "FAILED")], facts=facts)
     report = Report("tune", {"device": "a GPU", "torch": "2"}, {})
     report.comparisons += [Comparison("a", rows, facts=facts), failed]
@@ -182,7 +222,7 @@ def test_a_run_has_its_table_on_a_page(tmp_path) -> None:
     assert timed == [facts["site"], "triton:x", "4", "3", "1000.0", "2000.0", "2.00x", ""]
     assert untimed[1] == "nothing was timed"
     assert list(tune.totals(report)) == [
-        "Batch 4: all of these take 3.000 ms, untuned 6.000 ms, 2.00x."
+        "Batch 4: all convolutions take 3.000 ms, untuned 6.000 ms, 2.00x."
     ]
     path = tmp_path / "bench/results/gpu-tune.json"
     report.environment |= {"driver": "1", "triton": "3", "python": "3", "commit": "0" * 40}

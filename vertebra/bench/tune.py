@@ -1,6 +1,7 @@
 """`vertebra tune`: measure the candidates for every convolution of a fused model, keep the fastest.
 
-The model runs once, to see which convolutions it has; equal ones are measured once. Every candidate
+The model runs, to see which convolutions it has, and which pairs of them one kernel could run;
+equal ones are measured once, pairs after the convolutions that they consist of. Every candidate
 is checked against fp64 before it is timed, in turns with the others, on inputs that rotate through
 memory, in CUDA graphs. What is not told apart from the choice without a table keeps that choice.
 Each result is in the user's table as soon as it is found (`vertebra.kernels._choices`).
@@ -9,7 +10,7 @@ Each result is in the user's table as soon as it is found (`vertebra.kernels._ch
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..interop import fuse
-from ..kernels import _choices, backend
-from ..kernels._conv2d import Arguments, memory_format, site
-from ..kernels._op import observe
-from ..kernels.conv2d_act import candidates, op
+from ..kernels import _b2b, _choices, _conv2d, backend
+from ..kernels._b2b import Arguments as Pair
+from ..kernels._conv2d import Arguments, memory_format
+from ..kernels._op import Call, Op, has_kernels, observe
+from ..kernels.conv2d_act import candidates
+from ..kernels.conv2d_act import op as convolution
+from ..kernels.conv2d_b2b import candidates as candidates_of_pair
+from ..kernels.conv2d_b2b import op as back_to_back
 from ..models import create_model
 from .ceilings import DTYPES
 from .clock import Clock, Step, cache_copies
@@ -36,21 +41,47 @@ from .session import Session, Task
 from .settings import Settings
 
 
-class Place(NamedTuple):
-    """A convolution, its tensors without memory, and how often the models have it."""
+class Tuned(NamedTuple):
+    """An op that has candidates: its calls, what tables call them, who takes them, and the work."""
 
-    arguments: Arguments
+    op: Op
+    arguments: Callable[..., Any]
+    site: Callable[[Any], str]
+    candidates: Callable[..., list[str]]
+    flops: Callable[[Any], float]
+
+
+def _flops(a: Arguments) -> float:
+    N, K, P, Q = a.shape
+    return 2.0 * N * K * P * Q * a.weight[0].numel()
+
+
+def _flops_of_pair(a: Pair) -> float:
+    (N, _, H, W), (C, K, D) = a.x.shape, a.widths
+    return 2.0 * N * H * W * K * (C + D)
+
+
+ALONE = Tuned(convolution, Arguments, _conv2d.site, candidates, _flops)
+PAIRS = Tuned(back_to_back, Pair, _b2b.site, candidates_of_pair, _flops_of_pair)
+
+
+class Place(NamedTuple):
+    """A convolution or a pair, its tensors without memory, and how often the models have it."""
+
+    tuned: Tuned
+    arguments: Any
     count: int
 
     @property
     def site(self) -> str:
         """What tables call it."""
-        return site(self.arguments)
+        return self.tuned.site(self.arguments)
 
 
-def table_of(device: torch.device) -> Path:
+def table_of(device: torch.device, tuned: Tuned = ALONE) -> Path:
     """Return the path of the table that is written."""
-    return _choices.file_of(_choices.user_folder(), op.name, _choices.device_name(device))
+    folder, name = _choices.user_folder(), _choices.device_name(device)
+    return _choices.file_of(folder, tuned.op.name, name)
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -58,25 +89,37 @@ def table_of(device: torch.device) -> Path:
 
 def convolutions(model: nn.Module, x: Tensor) -> list[Place]:
     """Return the convolutions that `model(x)` runs as `conv2d_act`, each site once."""
-    found: list[Arguments] = []
     # in which no convolution runs as part of another op, as a table may have it
-    plain = backend("eager")
-    with (
-        plain,
-        torch.no_grad(),
-        observe(lambda c: found.append(_shapes(c.args)) if c.op is op else None),
-    ):
+    with backend("eager"):
+        return _observed(ALONE, model, x)
+
+
+def pairs(model: nn.Module, x: Tensor) -> list[Place]:
+    """Return the pairs of convolutions that one kernel could run in `model(x)`, each site once."""
+    if not has_kernels(x):
+        return []
+    try:
+        with backend("triton"):  # which takes whatever it can
+            return _observed(PAIRS, model, x)
+    except NotImplementedError:  # something in it cannot: no network of bottlenecks
+        return []
+
+
+def _observed(tuned: Tuned, model: nn.Module, x: Tensor) -> list[Place]:
+    found: list[Any] = []
+
+    def note(call: Call) -> None:
+        if call.op is tuned.op:
+            found.append(_each(tuned.arguments(*call.args), lambda t: t.to("meta")))
+
+    with torch.no_grad(), observe(note):
         model(x)
-    counts = Counter(map(site, found))
-    first = {site(a): a for a in reversed(found)}
-    return [Place(first[name], n) for name, n in counts.items()]
+    counts = Counter(map(tuned.site, found))
+    first = {tuned.site(a): a._replace(candidate="") for a in reversed(found)}
+    return [Place(tuned, first[name], n) for name, n in counts.items()]
 
 
-def _shapes(args: Iterable[Any]) -> Arguments:
-    return _each(Arguments(*args), lambda t: t.to("meta"))
-
-
-def _each(a: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+def _each(a: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a call with every tensor of it changed."""
     fields = a._asdict().items()
     return a._replace(**{name: change(v) for name, v in fields if isinstance(v, Tensor)})
@@ -99,10 +142,11 @@ def places(names: Sequence[str], settings: Settings) -> list[Place]:
     for name in names:
         model = fuse(create_model(name).to(device, dtype).eval())
         x = torch.randn(1, 3, *[settings.image_size] * 2, device=device, dtype=dtype)
-        for place in convolutions(model, x):
+        for place in [*convolutions(model, x), *pairs(model, x)]:
             before = found[place.site].count if place.site in found else 0
             found[place.site] = place._replace(count=before + place.count)
     chosen = [place for name, place in found.items() if settings.match in name]
+    chosen.sort(key=lambda place: place.tuned is PAIRS)
     return chosen[:3] if settings.tiny else chosen
 
 
@@ -126,14 +170,16 @@ def _compare(place: Place, batch: int, settings: Settings, session: Session) -> 
     """Check and time all candidates for a convolution, and write down the fastest."""
     device = torch.device(settings.device)
     torch.backends.cudnn.benchmark = True  # cuDNN at its best
-    problem = Problem.create(place.arguments, batch, device)
+    tuned = place.tuned
+    problem = Problem.create(place, batch, device)
     a = problem.sets[0]
-    names = candidates(*a)[: 3 if settings.tiny else None]
+    names = tuned.candidates(*a)[: 3 if settings.tiny else None]
     comparison = Comparison(
         _title(place, batch),
         [],
-        {"bytes": float(op.traffic(*a).forward), "flops": _flops(a)},
+        {"bytes": float(tuned.op.traffic(*a).forward), "flops": tuned.flops(a)},
         {
+            "op": tuned.op.name,
             "site": place.site,
             "batch": batch,
             "count": place.count,
@@ -156,7 +202,7 @@ def _compare(place: Place, batch: int, settings: Settings, session: Session) -> 
         facts = session.report.environment
         versions = {name: str(facts[name]) for name in ("torch", "triton", "vertebra")}
         chosen = {place.site: {batch: fastest.provider}}
-        _choices.write(op.name, _choices.device_name(device), chosen, versions)
+        _choices.write(tuned.op.name, _choices.device_name(device), chosen, versions)
 
 
 def best(comparison: Comparison) -> Row | None:
@@ -172,22 +218,24 @@ def best(comparison: Comparison) -> Row | None:
 class Problem:
     """A convolution of a batch: its inputs in several places of memory, and what is right."""
 
-    sets: list[Arguments]
+    op: Op
+    sets: list[Any]
 
     @classmethod
-    def create(cls, a: Arguments, batch: int, device: torch.device) -> Problem:
+    def create(cls, place: Place, batch: int, device: torch.device) -> Problem:
         """Draw the inputs."""
-        first = _inputs(a, batch, device)
+        first = _inputs(place.arguments, batch, device)
         size = sum(value.nbytes for value in first if isinstance(value, Tensor))
         copies = cache_copies(size, device)
-        return cls([first, *(_each(first, Tensor.clone) for _ in range(copies - 1))])
+        others = (_each(first, Tensor.clone) for _ in range(copies - 1))
+        return cls(place.tuned.op, [first, *others])
 
     def oracle(self) -> Oracle:
-        """Return the judge of y."""
+        """Return the judge of what the op returns."""
         a = self.sets[0]
-        exact = _each(a, Tensor.double)
-        oracle = Oracle({"y": op.eager(*exact)}, a.x.dtype, {"y": a.weight[0].numel()})
-        oracle.calibrate({"y": op.eager(*a)})
+        truth = _answers(self.op.eager(*_each(a, Tensor.double)))
+        oracle = Oracle(truth, a.x.dtype, {name: a.weight[0].numel() for name in truth})
+        oracle.calibrate(_answers(self.op.eager(*a)))
         return oracle
 
     def provider(self, name: str, peer: bool) -> Provider:
@@ -199,33 +247,27 @@ class Problem:
 
         def step(i: int) -> Answers:
             with torch.no_grad(), backend("auto"):  # in which alone a candidate has a say
-                return {"y": op(*calls[i % len(calls)])}
+                return _answers(self.op(*calls[i % len(calls)]))
 
         return step
 
 
-def _inputs(a: Arguments, batch: int, device: torch.device) -> Arguments:
+def _answers(returned: Any) -> Answers:
+    maps: tuple[Tensor, ...] = (returned,) if isinstance(returned, Tensor) else returned
+    return dict(zip("yz", maps, strict=False))
+
+
+def _inputs(a: Any, batch: int, device: torch.device) -> Any:
     """Return the call of so many images, with values of which the sums are of order one."""
 
-    def drawn(t: Tensor | None, images: int | None = None, scale: float = 1.0) -> Any:
-        if t is None:
-            return None
-        shape = (images or t.shape[0], *t.shape[1:])
+    def drawn(t: Tensor) -> Tensor:
+        is_map = t is a.x or t is a.residual
+        shape = (batch, *t.shape[1:]) if is_map else tuple(t.shape)
+        scale = 1.0 if is_map or t.dim() == 1 else t[0].numel() ** -0.5
         values = (torch.randn(shape, device=device) * scale).to(t.dtype)
         return values.contiguous(memory_format=memory_format(t)) if t.dim() == 4 else values
 
-    return a._replace(
-        x=drawn(a.x, batch),
-        weight=drawn(a.weight, scale=a.weight[0].numel() ** -0.5),
-        scale=drawn(a.scale),
-        bias=drawn(a.bias),
-        residual=drawn(a.residual, batch),
-    )
-
-
-def _flops(a: Arguments) -> float:
-    N, K, P, Q = a.shape
-    return 2.0 * N * K * P * Q * a.weight[0].numel()
+    return _each(a, drawn)
 
 
 # --------------------------------------------------------------------------------------- the output
@@ -249,18 +291,22 @@ def lines(report: Report) -> Iterator[list[str]]:
 
 
 def totals(report: Report) -> Iterator[str]:
-    """Yield, for every batch, what all convolutions take, each as often as the models have it."""
-    sums: dict[int, list[float]] = {}
+    """Yield, for every batch, what all convolutions take, each as often as the models have it.
+
+    And what those take that pairs consist of, together.
+    """
+    sums: dict[tuple[str, int], list[float]] = {}
     for comparison in report.comparisons:
         pair = (best(comparison), comparison.best(peer=True))
         for i, row in enumerate(pair if None not in pair else ()):
             assert row is not None
-            sums.setdefault(comparison.facts["batch"], [0.0, 0.0])[i] += (
-                comparison.facts["count"] * row.median_ms
-            )
-    for batch, (own, other) in sums.items():
+            facts = comparison.facts
+            of_kind = sums.setdefault((facts["op"], facts["batch"]), [0.0, 0.0])
+            of_kind[i] += facts["count"] * row.median_ms
+    for (op, batch), (own, other) in sums.items():
+        which = "convolutions" if op == ALONE.op.name else "pairs of them"
         yield (
-            f"Batch {batch}: all of these take {own:.3f} ms, untuned {other:.3f} ms, "
+            f"Batch {batch}: all {which} take {own:.3f} ms, untuned {other:.3f} ms, "
             f"{other / own:.2f}x."
         )
 
