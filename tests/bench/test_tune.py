@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from vertebra.bench import tune
+from vertebra.bench.pages import tuning
+from vertebra.bench.pages.sources import Sources
 from vertebra.bench.results import Comparison, Report, Row
 from vertebra.bench.session import Session
 from vertebra.bench.settings import Settings
@@ -167,6 +169,27 @@ def test_a_trial_prints_and_writes_no_table(tmp_path, monkeypatch) -> None:
     assert "all of these take" in done.output
     assert len(Report.load(path).comparisons) == 3
     assert not table()
+
+
+def test_a_run_has_its_table_on_a_page(tmp_path) -> None:
+    """What is timed goes in with what is not, and what is not told apart as untuned."""
+    rows = [Row("cudnn", True, samples_ms=[2.0] * 3), Row("triton:x", False, samples_ms=[1.0] * 3)]
+    facts = {"site": "8x5x7 > 16 1x1", "batch": 4, "count": 3, "dtype": "fp32"}
+    failed = Comparison("b", [Row("cudnn", True, "FAILED")], facts=facts)
+    report = Report("tune", {"device": "a GPU", "torch": "2"}, {})
+    report.comparisons += [Comparison("a", rows, facts=facts), failed]
+    timed, untimed = tune.lines(report)
+    assert timed == [facts["site"], "triton:x", "4", "3", "1000.0", "2000.0", "2.00x", ""]
+    assert untimed[1] == "nothing was timed"
+    assert list(tune.totals(report)) == [
+        "Batch 4: all of these take 3.000 ms, untuned 6.000 ms, 2.00x."
+    ]
+    path = tmp_path / "bench/results/gpu-tune.json"
+    report.environment |= {"driver": "1", "triton": "3", "python": "3", "commit": "0" * 40}
+    report.save(path)
+    page = tuning.convolutions(Sources(tmp_path))
+    assert "| 8x5x7 > 16 1x1 | triton:x | 4 | 3 | 1000.0 | 2000.0 | 2.00x |" in page
+    assert "6.000 ms" in page
 
 
 @pytest.mark.parametrize(

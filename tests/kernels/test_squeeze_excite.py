@@ -8,7 +8,7 @@ import torch
 
 from vertebra.kernels import backend, squeeze_excite
 from vertebra.kernels._act import GATES
-from vertebra.kernels._triton import squeeze_excite as kernels
+from vertebra.kernels._triton import _fcs
 from vertebra.kernels._triton._launch import captured
 from vertebra.kernels._triton._tile import processors
 from vertebra.testing import aot
@@ -77,8 +77,8 @@ def test_a_tile_of_products_fits_its_registers() -> None:
     for N in (1, 3, 8, 256):
         for R, C in ((1, 1), (5, 17), (128, 512), (928, 3712)):
             for splits in (1, 7, 392):
-                for dtype, partials in kernels.PARTIALS.items():
-                    tile = kernels._pick_product(N, R, C, splits, dtype)
+                for dtype, partials in _fcs.PARTIALS.items():
+                    tile = _fcs.pick_product(N, R, C, splits, dtype)
                     assert partials >= tile.IMAGES * tile.ROWS * tile.CHUNK
                     assert partials >= tile.IMAGES * tile.BLOCK_S * tile.CHUNK
                     assert all(size.bit_count() == 1 for size in tile)

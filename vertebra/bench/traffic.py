@@ -35,13 +35,16 @@ class Line(NamedTuple):
 
 
 def lines() -> Iterator[Line]:
-    """Yield a line for every set of options that the bench cases call an op with.
+    """Yield a line for every set of options that the bench cases call an op on maps with.
 
     Options with a value, as a number of hidden channels, make no difference. The memory format does
     where eager copies a map into another one: the line then names it.
     """
     found: dict[tuple[str, str], dict[str, Case]] = {}
     for case in cases("bench"):
+        x = case.inputs("meta")["x"]
+        if x is None or x.dim() != 4:
+            continue
         switches = [option for option in case.options if "=" not in option]
         options = " ".join((*switches, *(() if case.act == "none" else (case.act,))))
         found.setdefault((case.op, options), {}).setdefault(case.layout, case)

@@ -9,7 +9,7 @@ Each result is in the user's table as soon as it is found (`vertebra.kernels._ch
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -225,36 +225,50 @@ def _flops(a: Arguments) -> float:
 # --------------------------------------------------------------------------------------- the output
 
 
+HEADINGS = ("site", "candidate", "batch", "times", "us", "untuned", "gain", "of floor")
+
+
+def lines(report: Report) -> Iterator[list[str]]:
+    """Yield what was found, a line for every convolution and batch under `HEADINGS`."""
+    for comparison in report.comparisons:
+        facts, chosen, default = comparison.facts, best(comparison), comparison.best(peer=True)
+        where = [str(facts["batch"]), str(facts["count"])]
+        if chosen is None or default is None:
+            yield [facts["site"], "nothing was timed", *where, "", "", "", ""]
+            continue
+        floor, ms = comparison.floor_ms(report.ceilings), chosen.median_ms
+        times = [f"{1e3 * ms:.1f}", f"{1e3 * default.median_ms:.1f}"]
+        gain, share = f"{default.median_ms / ms:.2f}x", f"{floor / ms:.0%}" if floor else ""
+        yield [facts["site"], chosen.provider, *where, *times, gain, share]
+
+
+def totals(report: Report) -> Iterator[str]:
+    """Yield, for every batch, what all convolutions take, each as often as the models have it."""
+    sums: dict[int, list[float]] = {}
+    for comparison in report.comparisons:
+        pair = (best(comparison), comparison.best(peer=True))
+        for i, row in enumerate(pair if None not in pair else ()):
+            assert row is not None
+            sums.setdefault(comparison.facts["batch"], [0.0, 0.0])[i] += (
+                comparison.facts["count"] * row.median_ms
+            )
+    for batch, (own, other) in sums.items():
+        yield (
+            f"Batch {batch}: all of these take {own:.3f} ms, untuned {other:.3f} ms, "
+            f"{other / own:.2f}x."
+        )
+
+
 def show(report: Report, console: Console) -> None:
     """Print what was chosen for every convolution, and what all of them gain."""
-    table = plain_table("the fastest candidate of every convolution", "site")
-    for heading in ("batch", "times", "candidate", "us", "untuned", "gain", "of floor"):
-        table.add_column(heading, justify="left" if heading == "candidate" else "right")
-    totals: dict[int, list[float]] = {}
-    for comparison in report.comparisons:
-        chosen, default = best(comparison), comparison.best(peer=True)
-        facts = comparison.facts
-        words = [facts["site"], str(facts["batch"]), str(facts["count"])]
-        if chosen is None or default is None:
-            reasons = "; ".join(row.detail for row in comparison.rows if row.detail)
-            table.add_row(*words, f"[red]nothing was timed: {reasons}[/]")
-            continue
-        own, other = chosen.median_ms, default.median_ms
-        floor = comparison.floor_ms(report.ceilings)
-        share = f"{floor / own:.0%}" if floor else ""
-        gain = f"{other / own:.2f}x"
-        times = [f"{1e3 * own:.1f}", f"{1e3 * other:.1f}"]
-        table.add_row(*words, chosen.provider, *times, gain, share)
-        sums = totals.setdefault(facts["batch"], [0.0, 0.0])
-        for i, ms in enumerate((own, other)):
-            sums[i] += facts["count"] * ms
+    table = plain_table("the fastest candidate of every convolution", HEADINGS[0])
+    for i, heading in enumerate(HEADINGS[1:]):
+        table.add_column(heading, justify="right" if i else "left")
+    for line in lines(report):
+        table.add_row(*line)
     console.print(table)
-    for batch, (own, other) in totals.items():
-        console.print(
-            f"batch {batch}: all of these take {own:.3f} ms, untuned {other:.3f} ms, "
-            f"{other / own:.2f}x",
-            highlight=False,
-        )
+    for sentence in totals(report):
+        console.print(sentence, highlight=False)
     for row in [row for comparison in report.comparisons for row in comparison.rows if row.refused]:
         console.print(f"[red]{row.status}[/] {row.provider}: {row.detail}", highlight=False)
     for failure in report.failures:

@@ -20,8 +20,10 @@ from ..nn import (
     LayerNorm2d,
     LayerScale2d,
     SqueezeExcite,
+    Unit,
     attn_act,
     conv_norm_act,
+    excited,
 )
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
@@ -74,6 +76,7 @@ class _LayerScale2d:
 @accelerates("timm.layers.squeeze_excite.SEModule", forward="3ecee0e9535d")
 class _SEModule:
     forward = SqueezeExcite.forward
+    excitation = SqueezeExcite.excitation
 
 
 def _is_fast(module: Any) -> str | None:
@@ -116,6 +119,9 @@ class _ConvNormAct:
     CONV_NORMS: ClassVar[ConvNorms] = (("conv", "bn"),)
     conv: nn.Module
     bn: nn.Module
+
+    def unit(self) -> Unit | None:
+        return None if getattr(self, "aa", None) is not None else Unit(self.conv, self.bn)
 
     def forward(
         self,
@@ -255,10 +261,15 @@ class _RegNetBottleneck:
     drop_path: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.se(self.conv2(self.conv1(x)))
-        if self.downsample is None:
+        y = self.conv1(x)
+        shortcut = None if self.downsample is None else self.downsample(x)
+        drop = None if shortcut is None else self.drop_path
+        ended = excited(self.conv2, self.se, self.conv3, y, shortcut, self.act3, drop)
+        if ended is not None:
+            return ended
+        y = self.se(self.conv2(y))
+        if shortcut is None:
             return self.act3(self.conv3(y))
-        shortcut = self.downsample(x)
         if isinstance(self.conv3, _ConvNormAct) and not has_hooks(self.conv3):
             return self.conv3(y, shortcut, self.act3, self.drop_path)
         return self.act3(drop_add(self.drop_path, self.conv3(y), shortcut))

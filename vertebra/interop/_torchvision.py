@@ -10,7 +10,17 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..kernels import drop_path_add
-from ..nn import ConvNorms, InputReaders, LayerNorm2d, conv_norm_act
+from ..nn import (
+    ConvNorms,
+    Excitation,
+    InputReaders,
+    LayerNorm2d,
+    Unit,
+    conv_norm_act,
+    ends_in_pool,
+    excited,
+    run_into_pool,
+)
 from ..nn._act import has_hooks
 from ..nn.fused import is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
@@ -33,10 +43,13 @@ class _BasicBlock:
     bn2: nn.Module
     downsample: nn.Module | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_unit(self) -> Unit:
+        return Unit(self.conv2, self.bn2, self.relu)
+
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut)
+        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, pool)
 
 
 @accelerates("torchvision.models.resnet.Bottleneck", forward="64f3768ca1e8")
@@ -52,11 +65,14 @@ class _Bottleneck:
     relu: nn.Module
     downsample: nn.Module | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_unit(self) -> Unit:
+        return Unit(self.conv3, self.bn3, self.relu)
+
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
         y = conv_norm_act(self.conv2, self.bn2, y, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut)
+        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, pool)
 
 
 @accelerates(
@@ -77,8 +93,12 @@ class _ResNet:
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = conv_norm_act(self.conv1, self.bn1, x, self.relu, pool=self.maxpool)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        if ends_in_pool(self.layer4, self.avgpool, x):
+            x = run_into_pool(self.layer4, self.avgpool, x)
+        else:
+            x = self.avgpool(self.layer4(x))
+        return self.fc(torch.flatten(x, 1))
 
 
 @accelerates("torchvision.models._utils.IntermediateLayerGetter", forward="f35b64dca034")
@@ -103,6 +123,9 @@ def _is_conv_norm_act(module: Any) -> str | None:
 class _Conv2dNormActivation(nn.Sequential):
     CONV_NORMS: ClassVar[ConvNorms] = (("0", "1"),)
 
+    def unit(self) -> Unit:
+        return Unit(*self)
+
     def forward(self, input: Tensor) -> Tensor:
         conv, norm, *act = self
         return conv_norm_act(conv, norm, input, act[0] if act else None)
@@ -120,6 +143,13 @@ class _ResBottleneckBlock:
         shortcut = x if self.proj is None else self.proj(x)
         if has_hooks(self.f) or has_hooks(last) or len(last) != 2:  # pyright: ignore
             return self.activation(shortcut + self.f(x))
+        if len(others) == 3:  # RegNetY's: 1x1, 3x3, excitation
+            first, conv3x3, se = others
+            x = first(x)
+            y = excited(conv3x3, se, last, x, shortcut, self.activation)
+            if y is not None:
+                return y
+            others = [conv3x3, se]
         for module in others:
             x = module(x)
         conv, norm = last  # pyright: ignore
@@ -136,8 +166,11 @@ class _SqueezeExcitation:
     fc2: nn.Module
     scale_activation: nn.Module
 
+    def excitation(self) -> Excitation:
+        return Excitation(self.fc1, self.activation, self.fc2, self.scale_activation)
+
     def forward(self, input: Tensor) -> Tensor:
-        return excite(input, self.fc1, self.activation, self.fc2, self.scale_activation)
+        return excite(input, *self.excitation())
 
 
 @accelerates("torchvision.ops.misc.FrozenBatchNorm2d", forward="8ccaf36f3872")

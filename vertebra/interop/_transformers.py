@@ -8,7 +8,17 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from ..kernels import drop_path_add
-from ..nn import ConvNorms, DropPath, GlobalResponseNorm, InputReaders, LayerNorm2d, conv_norm_act
+from ..nn import (
+    ConvNorms,
+    DropPath,
+    Excitation,
+    GlobalResponseNorm,
+    InputReaders,
+    LayerNorm2d,
+    Unit,
+    conv_norm_act,
+    excited,
+)
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
 from ..nn.fused import is_fused
@@ -46,6 +56,9 @@ class _ConvNormAct(nn.Module):
     convolution: nn.Module
     normalization: nn.Module
     activation: nn.Module
+
+    def unit(self) -> Unit:
+        return Unit(self.convolution, self.normalization, self.activation)
 
 
 @_accelerates(
@@ -134,10 +147,16 @@ class _ResidualLayer:
         if split is None or fusible_act(split[1].activation) != "none":
             return self.activation(self.layer(hidden_state) + self.shortcut(hidden_state))
         others, last = split
-        y = hidden_state
+        y, shortcut = hidden_state, self.shortcut(hidden_state)
+        if len(others) == 3:  # RegNetY's: 1x1, 3x3, excitation
+            first, conv3x3, se = others
+            y = first(y)
+            ended = excited(conv3x3, se, last, y, shortcut, self.activation)
+            if ended is not None:
+                return ended
+            others = [conv3x3, se]
         for module in others:
             y = module(y)
-        shortcut = self.shortcut(hidden_state)
         return conv_norm_act(last.convolution, last.normalization, y, self.activation, shortcut)
 
 
@@ -150,11 +169,16 @@ class _RegNetSELayer(nn.Module):
     pooler: nn.Module
     attention: nn.Sequential
 
-    def forward(self, hidden_state: Tensor) -> Tensor:
+    def excitation(self) -> Excitation | None:
         if has_hooks(self.pooler) or has_hooks(self.attention):
+            return None
+        return Excitation(*self.attention)
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        layers = self.excitation()
+        if layers is None:
             return super().forward(hidden_state)
-        fc1, act, fc2, gate = self.attention
-        return excite(hidden_state, fc1, act, fc2, gate)
+        return excite(hidden_state, *layers)
 
 
 @_accelerates(

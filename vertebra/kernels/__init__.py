@@ -7,12 +7,14 @@ from ._op import Op, Traffic, backend, current_backend
 from .batch_norm_act import batch_norm_act
 from .batch_norm_act_pool import batch_norm_act_pool
 from .conv2d_act import conv2d_act
+from .conv2d_act_pool import conv2d_act_pool
 from .drop_path_add import drop_path_add
 from .global_avg_pool import global_avg_pool
 from .global_response_norm import global_response_norm
 from .layer_norm_2d import layer_norm_2d
 from .scale_bias_act import scale_bias_act
 from .squeeze_excite import squeeze_excite
+from .squeeze_gate import squeeze_gate
 
 __all__ = [
     "Op",
@@ -21,6 +23,7 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_act_pool",
     "conv2d_act",
+    "conv2d_act_pool",
     "current_backend",
     "drop_path_add",
     "global_avg_pool",
@@ -28,4 +31,5 @@ __all__ = [
     "layer_norm_2d",
     "scale_bias_act",
     "squeeze_excite",
+    "squeeze_gate",
 ]

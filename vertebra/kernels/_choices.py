@@ -31,6 +31,9 @@ Choices = dict[str, dict[int, str]]
 """The fastest candidate by site and batch."""
 
 
+_editions = [0]
+
+
 def user_folder() -> Path:
     """Return where the user's tables lie: beside PyTorch's caches, which `TORCH_HOME` moves."""
     return Path(torch.hub.get_dir()).parent / "vertebra"
@@ -61,8 +64,14 @@ def best(op: str, device: str, site: str, batch: int) -> str | None:
     return measured[min(measured, key=lambda n: (abs(math.log2(n / batch)), n))]
 
 
+def edition() -> int:
+    """Return how often tables were read anew: who remembers choices remembers this with them."""
+    return _editions[0]
+
+
 def forget() -> None:
     """Read tables anew, and choose anew: what whoever has written one calls."""
+    _editions[0] += 1
     best.cache_clear()
     _tables.cache_clear()
     replay = sys.modules.get(f"{__package__}._triton._replay")

@@ -13,6 +13,9 @@ from ._op import has_kernels
 
 Pair = tuple[int, int]
 
+# pixels of an image, row by row, whose sums kernels add up by themselves
+RUN = 64
+
 
 class Arguments(NamedTuple):
     """A call of `conv2d_act`, as its implementations get it.

@@ -75,12 +75,12 @@ def conv2d_act(
     tensor([0.0000, 1.5000])
     """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        x, weight, residual = _autocast(x, weight, residual)
+        x, weight, residual = cast_by_autocast(x, weight, residual)
     steps = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation))
     return op(x, weight, scale, bias, residual, *steps, groups, act, precision(x), "")
 
 
-def _autocast(
+def cast_by_autocast(
     x: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast casts the arguments of a convolution."""
@@ -327,6 +327,19 @@ def _triton(*args: Any) -> Tensor:
 
 def _refuses(*args: Any) -> str | None:
     return _refuses_as(args[-1] or "triton", *args)
+
+
+def on_kernels(*args: Any) -> str | None:
+    """Return the candidate by which kernels of ours run a call, None where something else does."""
+    if args[0].is_cuda and torch.compiler.is_compiling():
+        return None  # the registered op chooses when it runs
+    if current_backend() == "eager" or not has_kernels(args[0]):
+        return None
+    given = "triton" if current_backend() == "triton" else args[-1]
+    for name in [given] if given else [name for name, _ in _ranked(Arguments(*args))]:
+        if _refuses_as(name, *args) is None:
+            return name if _candidate(name).path == "triton" else None
+    return None
 
 
 def candidates(*args: Any) -> list[str]:

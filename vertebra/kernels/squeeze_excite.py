@@ -72,22 +72,25 @@ def _check(
 ) -> None:
     name = "squeeze_excite"
     check_image(name, x)
-    _check_weights(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    check_fcs(name, "x", x.shape[1], fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    fcs = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight}
+    check_parameters(name, x, **fcs, fc2_bias=fc2_bias)
     check_act(name, act)
     check_gate(name, gate)
     check_act(name, out_act, "out_act")
     check_residual(name, x, residual)
 
 
-def _check_weights(
-    x: Tensor,
+def check_fcs(
+    name: str,
+    of: str,
+    C: int,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
 ) -> None:
-    """Require the two fcs to lead from x's channels to R hidden ones and back."""
-    name, C = "squeeze_excite", x.shape[1]
+    """Require the two fcs to lead from the C channels of the argument `of` to R and back."""
     R = fc1_weight.shape[0] if fc1_weight.dim() else 0
     for label, weight, rows, columns in (
         ("fc1_weight", fc1_weight, R, C),
@@ -96,7 +99,7 @@ def _check_weights(
         if tuple(weight.shape) not in ((rows, columns), (rows, columns, 1, 1)) or R == 0:
             wanted = "R, C" if label == "fc1_weight" else "C, R"
             raise ValueError(
-                f"{name}: {label} must have shape ({wanted}) or ({wanted}, 1, 1), where x has "
+                f"{name}: {label} must have shape ({wanted}) or ({wanted}, 1, 1), where {of} has "
                 f"C = {C} channels and fc1 at least R = 1 rows, here {R}; got "
                 f"{tuple(weight.shape)}; transpose it, or build the module for {C} channels"
             )
@@ -106,8 +109,6 @@ def _check_weights(
                 f"{name}: {label} must have shape ({rows},), one value per row of its weight; "
                 f"got {tuple(bias.shape)}"
             )
-    fc1 = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias}
-    check_parameters(name, x, **fc1, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
 
 
 def _eager(
@@ -122,12 +123,13 @@ def _eager(
     out_act: str,
 ) -> Tensor:
     s = x.mean((2, 3), keepdim=True)
-    u = _conv1x1(s, fc1_weight, fc1_bias)
-    v = _conv1x1(ACTIVATIONS[act](u), fc2_weight, fc2_bias)
+    u = conv1x1(s, fc1_weight, fc1_bias)
+    v = conv1x1(ACTIVATIONS[act](u), fc2_weight, fc2_bias)
     return finish(x * GATES[gate](v).to(x.dtype), residual, out_act)
 
 
-def _conv1x1(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def conv1x1(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return an fc of means, (N, C, 1, 1), in their dtype."""
     weight = weight.to(s.dtype)
     if weight.dim() == 2:
         weight = weight[:, :, None, None]

@@ -9,7 +9,13 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import CheckpointSequential, create_global_pool, pooled_channels
+from ..nn import (
+    CheckpointSequential,
+    create_global_pool,
+    ends_in_pool,
+    pooled_channels,
+    run_into_pool,
+)
 from ._features import FeatureInfo, Indices, take_indices
 from ._param_groups import Matcher
 
@@ -77,6 +83,11 @@ class Network(nn.Module):
         """Return the feature map of the stem, and what enters the first stage."""
         x = self.forward_stem(x)
         return x, x
+
+    @property
+    def has_neck(self) -> bool:
+        """Whether `forward_neck` computes anything."""
+        return False
 
     def forward_neck(self, x: Tensor) -> Tensor:
         """Return the last feature map, from what leaves the last stage."""
@@ -177,7 +188,9 @@ class Network(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of a feature map, or with `pre_logits` what the classifier reads."""
-        x = self.forward_pool(x)
+        return self._read_out(self.forward_pool(x), pre_logits)
+
+    def _read_out(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.config.global_pool:
             x = x.flatten(1)
         if self.drop_rate:
@@ -189,7 +202,20 @@ class Network(nn.Module):
             return self.forward_intermediates(
                 x, self.out_indices, stop_early=True, intermediates_only=True
             )
+        pool = getattr(self, "avgpool", None)
+        if pool is not None and self.stage_names and not self.has_neck:
+            last = self.get_submodule(self.stage_names[-1])
+            if ends_in_pool(last, pool, x):
+                return self._read_out(self._forward_into_pool(last, x))
         return self.forward_head(self.forward_features(x))
+
+    def _forward_into_pool(self, last: nn.Module, x: Tensor) -> Tensor:
+        """Return what `forward_pool` makes of the last feature map, which `last` need not write."""
+        self._check_image(x)
+        x = self.forward_stem(x)
+        for stage in self.list_stages()[:-1]:
+            x = stage(x)
+        return run_into_pool(last, self.avgpool, x)
 
     # ------------------------------------------------------------------------------ the classifier
 

@@ -26,12 +26,15 @@ from ..nn import (
     DropPathAdd,
     InputReaders,
     SqueezeExcite,
+    Unit,
     conv_norm_act,
     create_act,
     create_conv2d,
     create_norm_act,
+    excited,
     norm_act,
 )
+from ..nn._act import has_hooks
 from ._features import feature
 from ._network import Network
 from ._param_groups import Matcher
@@ -54,9 +57,14 @@ class _ConvNormAct(nn.Sequential):
         act = create_act(config.act_layer if apply_act else None)  # for norms that bring none
         super().__init__(conv, _norm(config, conv.out_channels, apply_act), act)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def unit(self) -> Unit:
+        return Unit(*self)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+    ) -> Tensor:
         conv, norm, act = self
-        return conv_norm_act(conv, norm, x, act, residual)
+        return conv_norm_act(conv, norm, x, act, residual, pool)
 
 
 class _NormActConv(nn.Sequential):
@@ -121,11 +129,18 @@ class BottleneckTransform(nn.Sequential):
         self.se = _squeeze_excite(config, width, block)
         self.c = _ConvNormAct(config, _conv1x1(width, block.out_channels), apply_act)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = self.b(self.a(x))
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, pool: nn.Module | None = None
+    ) -> Tensor:
+        x = self.a(x)
+        if self.se is not None:
+            y = excited(self.b, self.se, self.c, x, residual, pool=pool)
+            if y is not None:
+                return y
+        x = self.b(x)
         if self.se is not None:
             x = self.se(x)
-        return self.c(x, residual)
+        return self.c(x, residual) if pool is None else self.c(x, residual, pool)
 
 
 class _Block(nn.Module):
@@ -164,8 +179,15 @@ class ResBottleneckBlock(_Block):
         if weight is not None:
             nn.init.zeros_(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_unit(self) -> Unit | None:
+        """Return what this ends in, if it is a convolution and what follows that."""
+        watched = has_hooks(self.f) or has_hooks(self.f.c) or has_hooks(self.activation)
+        return None if watched or self.drop_path is not None else self.f.c.unit()
+
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         shortcut = self.shortcut(x)
+        if isinstance(pool, nn.Module):  # by who has asked for `last_unit`
+            return self.f(x, shortcut, pool)
         if self.drop_path is not None and self.training:
             y = self.drop_path(self.f(x), shortcut)
         else:
@@ -278,6 +300,10 @@ class RegNet(Network):
 
     def forward_neck(self, x: Tensor) -> Tensor:
         return x if self.final_conv is None else self.final_conv(x)
+
+    @property
+    def has_neck(self) -> bool:
+        return self.final_conv is not None
 
     def drop_neck(self) -> None:
         self.final_conv = None

@@ -26,6 +26,7 @@ from ..nn import (
     DropBlock2d,
     DropPath,
     InputReaders,
+    Unit,
     attn_act,
     conv_norm_act,
     create_aa,
@@ -96,14 +97,20 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_unit(self) -> Unit | None:
+        """Return what this ends in, if it is a convolution and what follows that."""
+        if self.se is not None:
+            return None
+        return Unit(self.conv2, self.bn2, self.relu, self.drop_path)
+
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         y = conv_norm_act(self.conv1, self.bn1, x, self.relu, drop=self.drop_block)
         y = y if self.aa is None else self.aa(y)
         shortcut = x if self.downsample is None else self.downsample(x)
         if self.se is not None:
             y = conv_norm_act(self.conv2, self.bn2, y)
             return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
-        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, drop=self.drop_path)
+        return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, pool, self.drop_path)
 
 
 class Bottleneck(nn.Module):
@@ -151,7 +158,13 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_unit(self) -> Unit | None:
+        """Return what this ends in, if it is a convolution and what follows that."""
+        if self.se is not None:
+            return None
+        return Unit(self.conv3, self.bn3, self.relu, self.drop_path)
+
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
         y = conv_norm_act(self.conv2, self.bn2, y, self.relu, drop=self.drop_block)
         y = y if self.aa is None else self.aa(y)
@@ -159,7 +172,7 @@ class Bottleneck(nn.Module):
         if self.se is not None:
             y = conv_norm_act(self.conv3, self.bn3, y)
             return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
-        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, drop=self.drop_path)
+        return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, pool, self.drop_path)
 
 
 def _stem_conv(config: ResNetConfig) -> nn.Module:

@@ -17,6 +17,7 @@ from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .eca import EcaModule
 from .freeze import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from .fused import FusedConv2d, FusedLinear, is_fused
+from .gated import Excitation, Unit, ends_in_pool, excited, run_into_pool
 from .global_avg_pool import GlobalAvgPool2d
 from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
@@ -48,6 +49,7 @@ __all__ = [
     "DropPath",
     "DropPathAdd",
     "EcaModule",
+    "Excitation",
     "FrozenBatchNorm2d",
     "FrozenBatchNormAct2d",
     "FusedConv2d",
@@ -65,6 +67,7 @@ __all__ = [
     "SimpleNorm2d",
     "SqueezeExcite",
     "SyncBatchNormAct2d",
+    "Unit",
     "attn_act",
     "conv_norm_act",
     "convert_sync_batchnorm",
@@ -75,11 +78,14 @@ __all__ = [
     "create_conv2d",
     "create_global_pool",
     "create_norm_act",
+    "ends_in_pool",
+    "excited",
     "freeze_batch_norm_2d",
     "is_fused",
     "mlp_add",
     "norm_act",
     "pooled_channels",
+    "run_into_pool",
     "takes_add",
     "unfreeze_batch_norm_2d",
 ]

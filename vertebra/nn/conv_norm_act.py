@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ._act import ActLayer, create_act, has_hooks
 from .blur_pool import AaLayer, create_aa
 from .conv_same import Conv2dSame
-from .fused import Folded, epilogue, is_fused
+from .fused import Folded, FusedConv2d, epilogue, is_fused
+from .gated import conv_act_pool
 from .norm_act import NormLayer, create_norm_act, norm_act, pooled
 
 # The convolutions and norms that a block gives to `conv_norm_act` as pairs, by name: its class's
@@ -68,13 +69,16 @@ def conv_norm_act(
 ) -> Tensor:
     """Return `pool(act(drop(norm(conv(x))) + residual))` for whatever stands in a block.
 
-    All but the pool is one op if `vertebra.fuse` made `conv` take over the norm, else `norm_act`
-    follows it. A `conv` may be a sequence that ends in the convolution.
+    All but the pool is one op if `vertebra.fuse` made `conv` take over the norm, and a pool that is
+    the mean too where kernels of ours run it; else `norm_act` follows it. A `conv` may be a
+    sequence that ends in the convolution.
     """
     if isinstance(norm, Folded) and not isinstance(x, torch.fx.Proxy):
         conv, x = _enter(conv, x)
         end = epilogue(norm, act, drop) if is_fused(conv) else None
         if end is not None:
+            if isinstance(conv, FusedConv2d):
+                return conv_act_pool(conv, x, residual, end, pool)
             return pooled(conv(x, residual, end), pool)
     return norm_act(norm, conv(x), act, residual, pool, drop)
 

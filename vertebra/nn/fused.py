@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels import conv2d_act
 from ..kernels._onednn import forget
+from ..kernels.conv2d_act_pool import where_ours
 from ._act import fusible_act, has_hooks
 from ._drop import drop_add, is_idle
 from .conv_same import pad_same
@@ -69,15 +70,31 @@ class FusedConv2d(_Repacked, nn.Conv2d):
                 raise ValueError(f"this convolution ends in {self.act}: nothing more can follow it")
             act = self.act
         x, padding = self._padded(x.contiguous(memory_format=torch.channels_last))
-        stride: Any = self.stride
-        dilation: Any = self.dilation
-        return conv2d_act(
-            *(x, self.filters, self.bias, residual, act),
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=self.groups,
-        )
+        tensors = (x, self.filters, self.bias, residual)
+        return conv2d_act(*tensors, act, **self._steps, padding=padding)
+
+    def by_image(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        act: str = "none",
+        *,
+        gate: Tensor | None = None,
+        writes: bool = True,
+        pools: bool = True,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return what `vertebra.kernels.conv2d_act_pool` does, None where other kernels are better.
+
+        Other than those of ours, by what would run this convolution alone.
+        """
+        x, padding = self._padded(x.contiguous(memory_format=torch.channels_last))
+        tensors = (x, self.filters, self.bias, residual)
+        ends = {"gate": gate, "writes": writes, "pools": pools}
+        return where_ours(*tensors, act, **ends, **self._steps, padding=padding)
+
+    @property
+    def _steps(self) -> dict[str, Any]:
+        return {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return x with the padding that the op does not know, and the one that it does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.fx
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..kernels import squeeze_excite
 from ..kernels.conv2d_act import runs_on_onednn
 from ._act import ActLayer, create_act, fusible_act, fusible_gate, has_hooks
-from .fused import FusedConv2d, is_fused
+from .fused import is_fused
+from .gated import Excitation, is_plain
 
 torch.fx.wrap("squeeze_excite")  # a leaf: it looks at shapes, which a proxy does not have
 
@@ -92,14 +93,21 @@ class SqueezeExcite(nn.Module):
     ) -> Tensor:
         if not isinstance(out_act, nn.Module):  # None, or the proxy of an argument left out
             out_act = None
-        if type(self.bn) is nn.Identity and not has_hooks(self.bn) and not self.add_maxpool:
-            return excite(x, self.fc1, self.act, self.fc2, self.gate, residual, out_act)
+        layers = SqueezeExcite.excitation(self)
+        if layers is not None:
+            return excite(x, *layers, residual, out_act)
         s = x.mean((2, 3), keepdim=True)
         if self.add_maxpool:
             s = 0.5 * s + 0.5 * x.amax((2, 3), keepdim=True)
         y = x * self.gate(self.fc2(self.act(self.bn(self.fc1(s)))))
         y = y if residual is None else y + residual
         return y if out_act is None else out_act(y)
+
+    def excitation(self) -> Excitation | None:
+        """Return the layers, None where there is more to it."""
+        if type(self.bn) is nn.Identity and not has_hooks(self.bn) and not self.add_maxpool:
+            return Excitation(self.fc1, self.act, self.fc2, self.gate)
+        return None
 
 
 def excite(
@@ -120,7 +128,7 @@ def excite(
         y = y if residual is None else y.add_(residual)
         return y if out_act is None else out_act(y)
     # what is put in place of a convolution may compute something else
-    if act_name is not None and gate_name is not None and _is_plain(fc1) and _is_plain(fc2):
+    if act_name is not None and gate_name is not None and is_plain(fc1) and is_plain(fc2):
         tail = "none" if out_act is None else fusible_act(out_act)
         y = squeeze_excite(
             *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual),
@@ -130,9 +138,3 @@ def excite(
     y = x * gate(fc2(act(fc1(x.mean((2, 3), keepdim=True)))))
     y = y if residual is None else y + residual
     return y if out_act is None else out_act(y)
-
-
-def _is_plain(fc: nn.Module) -> TypeGuard[nn.Conv2d]:
-    if isinstance(fc, FusedConv2d):
-        return is_fused(fc)
-    return type(fc) is nn.Conv2d and not has_hooks(fc)

@@ -22,6 +22,14 @@ ROWS = {
     "walks over weights twice as fast": ("[k, i * BLOCK_C]", "[k, i * 2 * BLOCK_C]"),
     "stays with the first image": ("[n, p, r, q, c]", "[0, p, r, q, c]"),
 }
+IMAGES = {
+    "gates all images by the first": ("x, gate_ptr, n, c, N", "x, gate_ptr, n * 0, c, N"),
+    "counts what is outside": ("counts = inside & (", "counts = ("),
+    "adds an image to the first of its box": ("((n + i).to", "((n + i * 0).to"),
+    "counts the first image only": ("(BOX_P * BOX_Q) == i)", "(BOX_P * BOX_Q) == 0)"),
+    "divides by the box": ("mask, P * Q, 1)", "mask, PIXELS, 1)"),
+    "takes one run for another": ("run = box % (", "run = box // ("),
+}
 
 
 def _plan(shape, mutations, *steps):
@@ -30,7 +38,13 @@ def _plan(shape, mutations, *steps):
     return _conv_tiles, "_tiles_kernel", case, 1, mutations
 
 
+BY_IMAGE = example(
+    "conv2d_act_pool",
+    shape=(3, 40, 9, 13),
+    options=("triton:tiles:2x1x64x64x16:w4:s2", "bias", "gate", "pools"),
+)
 PLANS = [
+    (_conv_tiles, "_tiles_kernel", BY_IMAGE, 1, IMAGES),
     _plan((2, 24, 7, 9), PIXELS, "k=200", "3x3", "pad=2", "dilation=2"),
     _plan((2, 24, 6, 20), PAIRS, "3x3", "pad=1", "stride=2"),
     _plan((2, 24, 6, 20), ROWS, "2x2", "stride=2"),

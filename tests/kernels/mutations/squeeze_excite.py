@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from vertebra.kernels._triton import squeeze_excite
+from vertebra.kernels._triton import _fcs, squeeze_excite
 from vertebra.testing.cases import example
 
 SQUEEZE = {
@@ -49,7 +49,7 @@ MANY = example(
 BARE = replace(MANY, options=("bias", "gelu", "r=3"))
 SPLIT = replace(BARE, shape=(2, 4, 17, 19), layout="nchw")
 PLANS = [
-    (squeeze_excite, "_squeeze_kernel", MANY, 1, SQUEEZE),
+    (_fcs, "_squeeze_kernel", MANY, 1, SQUEEZE),
     (squeeze_excite, "_scale_kernel", MANY, 1, SCALE),
     (squeeze_excite, "_sums_kernel", SPLIT, 1, SUMS),
     (squeeze_excite, "_dhidden_kernel", MANY, 1, DHIDDEN),

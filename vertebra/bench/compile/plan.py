@@ -104,7 +104,7 @@ class Plan(Settings):
 
         Args:
             quick: inference, one start, the shapes as torch.compile has them by default and fewer
-                of them, and a block of each network.
+                of them, and a block of each network; one network, unless some are named.
             directions: some of `DIRECTIONS`.
             modes: some of Inductor's.
             aspects: some of `ASPECTS`.

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ..drop_in import HEADINGS
-from . import charts, compilation, figures, marks, networks, ops, runs
+from . import charts, compilation, figures, marks, networks, ops, runs, tuning
 from .markdown import ASSETS, table
 from .sources import Sources
 
@@ -28,6 +28,7 @@ PARTS: Mapping[str, Part] = {
     "train": runs.train,
     "compile": compilation.compilation,
     "kernels": ops.kernels,
+    "tune": tuning.convolutions,
     "overhead": ops.overhead,
     "traffic": ops.traffic,
     "traffic-chart": charts.traffic_chart,

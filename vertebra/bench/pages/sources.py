@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .. import drop_in, parity, traffic
 from ..results import Report
 
-KINDS = ("main", "models", "train", "compile", "kernels", "overhead")
+KINDS = ("main", "models", "train", "compile", "kernels", "overhead", "tune")
 """What `Report.kind` may be; `bench/results` also holds the rows of `vertebra parity`."""
 
 

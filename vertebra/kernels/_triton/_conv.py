@@ -20,7 +20,14 @@ Affine = tuple[Tensor | None, Tensor | None]  # scale, bias
 
 
 class Site(NamedTuple):
-    """One convolution: what it reads and writes, and the steps of its window."""
+    """One convolution: what it reads and writes, and the steps of its window.
+
+    Attributes:
+        gate: (N, C), what x is multiplied by, for kernels that go image by image.
+        shares: (N, T, K), the parts of y's means, which such kernels write.
+        writes: whether y is written; where not, it may be a meta tensor.
+        run: pixels of an image, row by row or box by box, that each have a share.
+    """
 
     y: Tensor
     x: Tensor
@@ -30,6 +37,10 @@ class Site(NamedTuple):
     padding: Pair
     dilation: Pair
     groups: int
+    gate: Tensor | None = None
+    shares: Tensor | None = None
+    writes: bool = True
+    run: int = 0
 
     @property
     def window(self) -> Pair:
@@ -41,6 +52,11 @@ class Site(NamedTuple):
     def maps(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The tensors."""
         return self.y, self.x, self.weight, self.residual
+
+    @property
+    def by_image(self) -> bool:
+        """Whether a pixel's image matters."""
+        return self.gate is not None or self.shares is not None
 
     @property
     def channels(self) -> int:
@@ -77,7 +93,7 @@ def simplest(site: Site) -> Site:
     """Return the same convolution, by views, with the least to step over."""
     if site.padding == (0, 0):
         site = _trimmed(site)
-        if _has_rows_in_memory(site):
+        if site.gate is None and _has_rows_in_memory(site):
             site = _rows_as_channels(site)
     if site.is_pointwise:
         site = _in_one_row(site)
@@ -119,13 +135,14 @@ def _rows_as_channels(site: Site) -> Site:
 
 
 def _in_one_row(site: Site) -> Site:
-    """View dense maps as one image of one row, which has the pixels of the whole batch."""
+    """View dense maps as images of one row each, or one that has the pixels of the whole batch."""
     y, x, _, residual = site.maps
+    images = y.shape[0] if site.by_image else 1
     rows = [None if t is None else t.permute(0, 2, 3, 1) for t in (y, x, residual)]
     if not all(t is None or t.is_contiguous() for t in rows):
         return site
     y, x, residual = (
-        None if t is None else t.view(1, 1, -1, t.shape[3]).permute(0, 3, 1, 2) for t in rows
+        None if t is None else t.view(images, 1, -1, t.shape[3]).permute(0, 3, 1, 2) for t in rows
     )
     return site._replace(y=y, x=x, residual=residual)
 
@@ -144,10 +161,12 @@ def position(stride, n, h, w, c, UNIT: tl.constexpr):
 
 
 @triton.jit
-def finish(z, maps, affine, place, K, mask, ACT: tl.constexpr, UNIT: tl.constexpr):
-    """Store act(z * scale + bias + residual) at `place`, which is (n, p, q, k).
+def finish(
+    z, maps, affine, place, K, mask, ACT: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr
+):
+    """Return y = act(z * scale + bias + residual) as KIND, and store it where there is a y.
 
-    `maps` is (y, its strides, residual, its strides).
+    `place` is (n, p, q, k), `maps` (y, its strides, residual, its strides).
     """
     y_ptr, y_stride, residual_ptr, residual_stride = maps
     scale_ptr, bias_ptr = affine
@@ -157,5 +176,14 @@ def finish(z, maps, affine, place, K, mask, ACT: tl.constexpr, UNIT: tl.constexp
     if residual_ptr is not None:
         at = position(residual_stride, n, p, q, k, UNIT)
         z += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    at = position(y_stride, n, p, q, k, UNIT)
-    tl.store(y_ptr + at, ACT(z).to(y_ptr.dtype.element_ty), mask=mask)
+    y = ACT(z).to(KIND)
+    if y_ptr is not None:
+        tl.store(y_ptr + position(y_stride, n, p, q, k, UNIT), y, mask=mask)
+    return y
+
+
+@triton.jit
+def add_share(shares_ptr, y, at, counts, mask, pixels, AXIS: tl.constexpr):
+    """Store what the pixels of y in `counts` add to the means of an image of `pixels`."""
+    total = tl.sum(tl.where(counts, y.to(tl.float32), 0.0), axis=AXIS)
+    tl.store(shares_ptr + at, total / pixels, mask=mask)

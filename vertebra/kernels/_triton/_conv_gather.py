@@ -7,6 +7,12 @@ bundle). It walks the window row by row, pixel by pixel, BLOCK_C channels at a t
 that loads run ahead of products across the window; the indices are carried along, because divided
 out of a counter they have been compiled wrongly (pytorch#173068). Programs that share pixels run
 next to each other and find them in the L2 cache.
+
+With a gate, or with shares of y's means to write, pixels are counted image by image, each image's
+up to a multiple of BLOCK_M, so that no tile has pixels of two. That is 2 % more of them at 56x56,
+14 % at 28x28 and 31 % at 14x14 and 7x7 (in tiles of 128, 128, 128 and 64). The gate is then one
+vector to a program, and scales the weights: these are the product's right operand, which goes
+through shared memory anyway, where x, the left one, would be multiplied out of registers.
 """
 
 from math import gcd
@@ -17,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._act import ACTIVATIONS
-from ._conv import Affine, Site, block, finish, pixel, position
+from ._conv import Affine, Site, add_share, block, covered, finish, pixel, position
 from ._device import Device
 from ._launch import launch
 from ._tile import multiple
@@ -85,13 +91,14 @@ def pick(site: Site, precision: str, device: Device) -> Config:
     """
     bundle = _bundle(site)
     channels, filters = site.channels * bundle, site.filters * bundle
-    M, itemsize = site.y.numel() // site.y.shape[1], site.x.itemsize
+    (N, _, P, Q), itemsize = site.y.shape, site.x.itemsize
     exact = precision == "ieee"
     BLOCK_K = block(filters, 64 if exact else 128)
     BLOCK_C = triton.next_power_of_2(channels) if bundle > 1 else block(channels, 128 // itemsize)
     BLOCK_C = max(16, min(BLOCK_C, 16) if exact and bundle == 1 else BLOCK_C)
-    tiles = triton.cdiv(M, 128) * triton.cdiv(filters, BLOCK_K) * site.groups // bundle
-    BLOCK_M = 64 if exact or tiles < device.processors else 128
+    of_image = max(64, block(P * Q, 128)) if site.by_image else 128
+    tiles = triton.cdiv(N * P * Q, 128) * triton.cdiv(filters, BLOCK_K) * site.groups // bundle
+    BLOCK_M = 64 if exact or tiles < device.processors else of_image
     num_warps = 8 if BLOCK_M * BLOCK_K >= 128 * 128 else 4
     rounds = site.window[0] * site.window[1] * triton.cdiv(channels, BLOCK_C)
     for num_stages in range(min(4, max(2, rounds)), 0, -1):
@@ -105,6 +112,8 @@ def refuses(site: Site, precision: str, device: Device, config: Config) -> str |
     """Return why a configuration does not serve a convolution."""
     if config.bundle > 1 and config.bundle * site.channels > config.BLOCK_C:
         return f"a bundle of {config.bundle} groups of {site.channels} channels in {config.BLOCK_C}"
+    if site.shares is not None and config.BLOCK_M % site.run:
+        return f"tiles of {config.BLOCK_M} pixels have no runs of {site.run}"
     return None
 
 
@@ -124,6 +133,8 @@ def _shared(config: Config, itemsize: int, device: Device) -> int:
 def _gather_kernel(
     maps,
     affine,
+    gate_ptr,
+    shares_ptr,
     strides,
     sizes,
     steps,
@@ -132,13 +143,14 @@ def _gather_kernel(
     WINDOW: tl.constexpr,
     PADDED: tl.constexpr,
     GROUP: tl.constexpr,
+    RUN: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     y_ptr, x_ptr, weight_ptr, residual_ptr = maps
-    M, P, Q, H, W, all_c, all_k, bundle_c, bundle_k = sizes
+    M, P, Q, pixels, H, W, all_c, all_k, bundle_c, bundle_k = sizes
     UNIT_C: tl.constexpr = UNITS[0]
     UNIT_WEIGHT: tl.constexpr = UNITS[1]
     UNIT_K: tl.constexpr = UNITS[2]
@@ -149,11 +161,19 @@ def _gather_kernel(
     first_c, first_k = column // blocks_k * bundle_c, column // blocks_k * bundle_k
     C = tl.minimum(bundle_c, multiple(all_c, UNIT_C) - first_c)
     K = tl.minimum(bundle_k, multiple(all_k, UNIT_K) - first_k)
-    m = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_m = tl.program_id(0) // columns * BLOCK_M
+    m = first_m + tl.arange(0, BLOCK_M)
     k = column % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     c = tl.arange(0, BLOCK_C)
 
-    n, p, q = pixel(m, P, Q)
+    if RUN is None:
+        n, p, q = pixel(m, P, Q)
+        inside = m < M
+    else:  # each image has `pixels` places, of which the last may be in vain
+        image = (first_m // pixels).to(tl.int64)
+        m -= first_m // pixels * pixels
+        n, p, q = image + m * 0, m // Q, m % Q
+        inside = m < P * Q
     h, w = p * steps[0] - steps[2], q * steps[1] - steps[3]
     x_ptrs = x_ptr + position(strides[1], n, h, w, first_c, UNIT_C)[:, None] + c[None, :]
     step_r = steps[4] * multiple(strides[1][2], UNIT_C).to(tl.int64)
@@ -172,7 +192,7 @@ def _gather_kernel(
     r, s, c0 = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     # at least one round, and the compiler knows: else ptxas may serialize the products
     for _ in range(tl.maximum(WINDOW[0] * WINDOW[1] * tl.cdiv(C, BLOCK_C), 1)):
-        of_x = m < M
+        of_x = inside
         if PADDED:
             i, j = h + r * steps[4], w + s * steps[5]
             of_x &= (i >= 0) & (i < H) & (j >= 0) & (j < W)
@@ -185,6 +205,10 @@ def _gather_kernel(
             mask=of_weight & of_c[:, None],
             other=0.0,
         )
+        if gate_ptr is not None:
+            gates = gate_ptr + image * all_c + (first_c + c0 + c)
+            gate = tl.load(gates, mask=of_c, other=0.0).to(tl.float32)
+            weight = (weight.to(tl.float32) * gate[:, None]).to(weight.dtype)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
         c0 += BLOCK_C
         ends = c0 >= C
@@ -195,34 +219,45 @@ def _gather_kernel(
         r += ends.to(tl.int32)
 
     place = (n[:, None], p[:, None], q[:, None], (first_k + k)[None, :])
-    mask = (m < M)[:, None] & (k < K)[None, :]
+    mask = inside[:, None] & (k < K)[None, :]
     ends = (y_ptr, strides[0], residual_ptr, strides[3])
-    finish(acc, ends, affine, place, all_k, mask, ACT, UNIT_K)
+    y = finish(acc, ends, affine, place, all_k, mask, ACT, UNIT_K, x_ptr.dtype.element_ty)
+    if shares_ptr is not None:
+        runs = tl.cdiv(P * Q, RUN)
+        for i in tl.static_range(BLOCK_M // RUN):
+            run = first_m % pixels // RUN + i
+            at = (image * runs + run) * all_k + first_k + k
+            counts = inside & (m // RUN == run)
+            add_share(shares_ptr, y, at, counts[:, None], (k < K) & (run < runs), P * Q, 0)
 
 
 def run(site: Site, affine: Affine, act: str, precision: str, config: Config) -> None:
-    """Write y."""
-    y, x, *_ = site.maps
+    """Write y, and the shares if there are any."""
+    y, x, *rest = site.maps
     (N, K, P, Q), (R, S), padding = y.shape, site.window, site.padding
+    pixels = covered(P * Q, config.BLOCK_M) if site.by_image else P * Q
     bundle_c, bundle_k = (n // site.groups * config.bundle for n in (x.shape[1], K))
     launch(
         _gather_kernel,
         (
-            triton.cdiv(N * P * Q, config.BLOCK_M)
+            triton.cdiv(N * pixels, config.BLOCK_M)
             * triton.cdiv(K, bundle_k)
             * triton.cdiv(bundle_k, config.BLOCK_K),
         ),
-        y.device,
-        maps=site.maps,
+        x.device,
+        maps=(y if site.writes else None, x, *rest),
         affine=affine,
+        gate_ptr=site.gate,
+        shares_ptr=site.shares,
         strides=tuple((y if t is None else t).stride() for t in site.maps),
-        sizes=(N * P * Q, P, Q, *x.shape[2:], x.shape[1], K, bundle_c, bundle_k),
+        sizes=(N * P * Q, P, Q, pixels, *x.shape[2:], x.shape[1], K, bundle_c, bundle_k),
         steps=(*site.stride, *padding, *site.dilation),
         ACT=ACTIVATIONS[act][0],
         PRECISION=precision if x.dtype == torch.float32 else None,
         WINDOW=(R, S),
         PADDED=max(padding) > 0,
         GROUP=None if config.bundle == 1 else (x.shape[1] // site.groups, K // site.groups),
+        RUN=site.run if site.by_image else None,
         UNITS=_units(site, bundle_c, bundle_k),
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,

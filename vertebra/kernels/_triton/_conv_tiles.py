@@ -7,6 +7,11 @@ of the image comes as zeros. At stride 2 rows and columns are seen as pairs, of 
 one; where windows do not overlap, rows are seen as those of the windows. Pixels are the right
 operand of the product, filters the left one: the left one would pass through registers on its way,
 had it to be flattened from a box.
+
+A gate scales x, box by box: as the right operand it only passes through registers on its way to
+shared memory, and a box may have several images: 8x1x16 pixels at 14x14, of which 6 % are in vain,
+2x1x64 at 7x7, of which 23 % are. Shares of y's means are sums over the rows and
+columns of boxes of a run's pixels, of which an image must have as many as runs; others are refused.
 """
 
 import math
@@ -20,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._act import ACTIVATIONS
-from ._conv import Affine, Site, block, covered
+from ._conv import Affine, Site, add_share, block, covered
 from ._device import Device
 from ._launch import launch
 from ._tile import load_channels
@@ -107,7 +112,18 @@ def refuses(site: Site, precision: str, device: Device, config: Config) -> str |
         return "weight is not dense in channels_last"
     if _view(site) == "pairs" and site.x.stride(3) != site.channels:
         return "x is not dense along its rows"
+    if site.gate is not None and _view(site) != "pixels":
+        return f"a gate at stride {site.stride}"
+    if site.shares is not None and not _has_runs(site, (config.BOX_P, config.BOX_Q)):
+        return f"boxes of {config.BOX_P}x{config.BOX_Q} pixels are no runs of {site.run}"
     return None
+
+
+def _has_runs(site: Site, box: tuple[int, int]) -> bool:
+    """Return whether boxes are to an image what runs of pixels are: as large and as many."""
+    P, Q = site.y.shape[2:]
+    is_run = math.prod(box) == site.run
+    return is_run and covered(P, box[0]) * covered(Q, box[1]) == covered(P * Q, site.run)
 
 
 def _is_aligned(t: Tensor) -> bool:
@@ -136,14 +152,19 @@ def _pixels(site: Site) -> int:
 def _box(site: Site, pixels: int) -> tuple[int, int, int]:
     """Return the images, rows and columns of a box of `pixels` of which the fewest are in vain.
 
-    Of those, the one with the fewest images: its windows overlap most.
+    Of those, the one with the fewest images: its windows overlap most. Each image of a box has a
+    gate of its own, in fp32, which counts for as many pixels as it takes bytes.
     """
     N, _, P, Q = site.y.shape
     sizes = [2**i for i in range(pixels.bit_length())]
     boxes = [(pixels // (p * q), p, q) for p in sizes for q in sizes if p * q <= pixels]
+    if site.shares is not None:
+        boxes = [box for box in boxes if _has_runs(site, box[1:])] or boxes
 
     def cost(box: tuple[int, int, int]) -> tuple[int, ...]:
         area = math.prod(covered(n, size) for n, size in zip((N, P, Q), box))
+        if site.gate is not None:
+            area *= pixels * site.x.itemsize + box[0] * site.gate.itemsize
         return area, box[0], abs(box[1] - box[2])
 
     return min(boxes, key=cost)
@@ -156,8 +177,20 @@ def _round(config: Config, itemsize: int) -> int:
 
 
 @triton.jit
+def _gated(x, gate_ptr, n, c, N, C):
+    """Return a box of x times the gate of its images."""
+    images = n + tl.arange(0, x.shape[0])[:, None, None, None].to(tl.int64)
+    channels = c + tl.arange(0, x.shape[-1])[None, None, None, :]
+    mask = (images < N) & (channels < C)
+    gate = tl.load(gate_ptr + images * C + channels, mask=mask, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) * gate).to(x.dtype)
+
+
+@triton.jit
 def _tiles_kernel(
     affine,
+    gate_ptr,
+    shares_ptr,
     sizes,
     steps,
     ACT: tl.constexpr,
@@ -174,7 +207,7 @@ def _tiles_kernel(
     weight_desc,
     residual_desc,
 ):
-    P, Q, C, K = sizes
+    N, P, Q, C, K = sizes
     PIXELS: tl.constexpr = BOX_N * BOX_P * BOX_Q
     blocks_k, boxes_q, boxes_p = tl.cdiv(K, BLOCK_K), tl.cdiv(Q, BOX_Q), tl.cdiv(P, BOX_P)
     k = tl.program_id(0) % blocks_k * BLOCK_K
@@ -194,6 +227,8 @@ def _tiles_kernel(
             x = x_desc.load([n, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
         else:
             x = x_desc.load([n, p, r, q, c])
+        if gate_ptr is not None:
+            x = _gated(x, gate_ptr, n, c, N, C)
         weight = weight_desc.load([k, i * BLOCK_C])
         acc = tl.dot(weight, x.reshape(PIXELS, BLOCK_C).T, acc, input_precision=PRECISION)
         c += BLOCK_C
@@ -211,12 +246,22 @@ def _tiles_kernel(
     if residual_desc is not None:
         residual = residual_desc.load([n, p, q, k]).reshape(PIXELS, BLOCK_K)
         z += residual.T.to(tl.float32)
-    y = ACT(z).to(y_desc.dtype).T.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_K)
-    y_desc.store([n, p, q, k], y)
+    y = ACT(z).to(x_desc.dtype)
+    if shares_ptr is not None:
+        pixels = tl.arange(0, PIXELS)[None, :]
+        inside = (p + pixels // BOX_Q % BOX_P < P) & (q + pixels % BOX_Q < Q)
+        run = box % (boxes_q * boxes_p)
+        for i in tl.static_range(BOX_N):
+            counts = inside & (pixels // (BOX_P * BOX_Q) == i)
+            at = ((n + i).to(tl.int64) * (boxes_q * boxes_p) + run) * K + k + tl.arange(0, BLOCK_K)
+            mask = (k + tl.arange(0, BLOCK_K) < K) & (n + i < N)
+            add_share(shares_ptr, y, at, counts, mask, P * Q, 1)
+    if y_desc is not None:
+        y_desc.store([n, p, q, k], y.T.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_K))
 
 
 def run(site: Site, affine: Affine, act: str, precision: str, config: Config) -> None:
-    """Write y."""
+    """Write y, and the shares if there are any."""
     (N, K, P, Q), (R, S) = site.y.shape, site.window
     box = (config.BOX_N, config.BOX_P, config.BOX_Q)
     filters = site.weight.permute(0, 2, 3, 1).flatten(1)
@@ -224,16 +269,18 @@ def run(site: Site, affine: Affine, act: str, precision: str, config: Config) ->
     launch(
         _tiles_kernel,
         (boxes * triton.cdiv(K, config.BLOCK_K),),
-        site.y.device,
+        site.x.device,
         affine=affine,
-        sizes=(P, Q, site.channels, K),
+        gate_ptr=site.gate,
+        shares_ptr=site.shares,
+        sizes=(N, P, Q, site.channels, K),
         steps=(*site.padding, *site.dilation),
         ACT=ACTIVATIONS[act][0],
         PRECISION=precision if site.x.dtype == torch.float32 else None,
         WINDOW=(R, S),
         VIEW=_view(site),
         **config._asdict(),
-        y_desc=_boxes(site.y, (*box, config.BLOCK_K)),
+        y_desc=_boxes(site.y if site.writes else None, (*box, config.BLOCK_K)),
         x_desc=_boxes_of_input(site, (*box, config.BLOCK_C)),
         weight_desc=_described(filters, (config.BLOCK_K, config.BLOCK_C)),
         residual_desc=_boxes(site.residual, (*box, config.BLOCK_K)),

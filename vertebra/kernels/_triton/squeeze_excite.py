@@ -22,14 +22,12 @@ at 14x14 (N = 256, C = 512, R = 128; 512 KB of weights) at two images a program 
 while nothing else happens; here it is 13 MB on 256 programs for the first fc, and for the second 8
 (NCHW) to 34 MB in a pass that moves 103 MB of maps.
 
-Products are sums of outer products, kept one per lane until the end. The fcs are tens of MFLOP, a
-few us on the FMA units, and there they are exact in fp32 on every device.
+The fcs themselves are in `_fcs`.
 """
 
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +35,7 @@ from torch import Tensor
 from . import _pool
 from ._act import ACTIVATIONS, GATES
 from ._affine import pick
+from ._fcs import PARTIALS, add_up, matrix, pick_product, project, squeeze
 from ._launch import launch
 from ._splits import MAX_SPLITS
 from ._tile import (
@@ -55,18 +54,14 @@ from ._tile import (
 
 # 4 programs of 4 warps, or 2 of 8, fit on a multiprocessor at once
 REGISTERS = {
-    "_squeeze_kernel": 128,
     "_scale_kernel": 128,
     "_sums_kernel": 128,
     "_dhidden_kernel": 128,
     "_dweights_kernel": 128,
     "_dx_kernel": 128,
 }
-# without, each spilled 8 bytes in one binary of triton 3.6's; with, so did _dx_kernel
-MAXNREG = {"_squeeze_kernel": 128, "_scale_kernel": 128}
-
-# the partial sums of an fc's tile: 64 registers a lane of 8 warps; fp64 is less in a hurry
-PARTIALS = {torch.float32: 16384, torch.float64: 2048}
+# without, it spilled 8 bytes in one binary of triton 3.6's; with, so did _dx_kernel
+MAXNREG = {"_scale_kernel": 128}
 
 
 class Config(NamedTuple):
@@ -103,117 +98,6 @@ def _pick(view: Geometry, N: int, R: int, itemsize: int, programs: int) -> Confi
     splits = triton.cdiv(tiles, pixels // BLOCK_M)
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # as even as whole tiles allow
     return Config(BLOCK_M, BLOCK_C, IMAGES, CHUNK, num_warps, splits)
-
-
-class Product(NamedTuple):
-    """A tile of an fc, images x outputs x inputs, and how many splits are added at once."""
-
-    IMAGES: int
-    ROWS: int
-    CHUNK: int
-    BLOCK_S: int
-    num_warps: int
-
-
-def _pick_product(N: int, R: int, C: int, splits: int, dtype: torch.dtype) -> Product:
-    """Choose a tile of PARTIALS: 8 images, 16 outputs and the rest inputs, or what there is.
-
-    Fewer images are fewer programs: then 8 outputs, for more of them.
-    """
-    partials = PARTIALS[dtype]
-    images = min(8, triton.next_power_of_2(N))
-    rows = min(16 if images == 8 else 8, triton.next_power_of_2(R))
-    chunk = min(triton.next_power_of_2(C), partials // (images * rows))
-    together = min(triton.next_power_of_2(splits), partials // 4 // (images * chunk) or 1)
-    values = images * chunk * max(rows, together)
-    return Product(images, rows, chunk, together, max(1, min(8, values // (partials // 32))))
-
-
-@triton.jit
-def _add_up(
-    sums_ptr,
-    n,
-    c,
-    N,
-    C,
-    splits,
-    IMAGES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Add the splits of images n, (IMAGES, 1, 1), channels c, (1, 1, CHUNK)."""
-    total = tl.zeros((IMAGES, BLOCK_S, CHUNK), sums_ptr.dtype.element_ty)
-    for s0 in range(0, splits, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)[None, :, None]
-        inside = (n < N) & (s < splits) & (c < C)
-        total += tl.load(sums_ptr + (n * splits + s) * C + c, mask=inside, other=0.0)
-    return tl.sum(total, axis=1, keep_dims=True)
-
-
-@triton.jit
-def _squeeze_kernel(
-    s_ptr,
-    u_ptr,
-    sums_ptr,
-    fc,
-    N,
-    C,
-    R,
-    P,
-    splits,
-    IMAGES: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    weight_ptr, bias_ptr, stride_r, stride_c = fc
-    blocks_n = tl.cdiv(N, IMAGES)  # neighbours read the same weights
-    block_r = tl.program_id(0) // blocks_n
-    n = tl.program_id(0) % blocks_n * IMAGES + tl.arange(0, IMAGES)[:, None, None].to(tl.int64)
-    r = block_r * ROWS + tl.arange(0, ROWS)[None, :, None]
-    total = tl.zeros((IMAGES, ROWS, CHUNK), u_ptr.dtype.element_ty)
-    for c0 in range(0, C, CHUNK):
-        c = c0 + tl.arange(0, CHUNK)[None, None, :]
-        s = _add_up(sums_ptr, n, c, N, C, splits, IMAGES, CHUNK, BLOCK_S) / P
-        if s_ptr is not None:
-            tl.store(s_ptr + n * C + c, s, mask=(n < N) & (c < C) & (block_r == 0))
-        at = r * stride_r + c * stride_c
-        weight = tl.load(weight_ptr + at, mask=(r < R) & (c < C), other=0.0)
-        total += s * weight.to(s.dtype)
-    u = tl.sum(total, axis=2, keep_dims=True)
-    if bias_ptr is not None:
-        u += tl.load(bias_ptr + r, mask=r < R, other=0.0).to(u.dtype)
-    tl.store(u_ptr + n * R + r, u, mask=(n < N) & (r < R))
-
-
-@triton.jit
-def _project(
-    a_ptr,
-    fc,
-    n,
-    c,
-    N,
-    C,
-    R,
-    ACT: tl.constexpr,
-    IMAGES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Return the sum over r of ACT(a[n, r]) * weight[c, r], (IMAGES, BLOCK_C), plus bias[c]."""
-    weight_ptr, bias_ptr, stride_c, stride_r = fc
-    total = tl.zeros((IMAGES, BLOCK_C, CHUNK), a_ptr.dtype.element_ty)
-    for r0 in range(0, R, CHUNK):
-        r = r0 + tl.arange(0, CHUNK)[None, None, :]
-        inside = (n < N)[:, None, None] & (r < R)
-        a = ACT(tl.load(a_ptr + n[:, None, None] * R + r, mask=inside, other=0.0))
-        at = c[None, :, None] * stride_c + r * stride_r
-        weight = tl.load(weight_ptr + at, mask=(c < C)[None, :, None] & (r < R), other=0.0)
-        total += a * weight.to(a.dtype)
-    product = tl.sum(total, axis=2)
-    if bias_ptr is not None:
-        product += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(product.dtype)[None, :]
-    return product
 
 
 @triton.jit
@@ -261,7 +145,7 @@ def _scale_kernel(
     n = first + tl.arange(0, IMAGES).to(tl.int64)
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
 
-    v = _project(u_ptr, fc, n, c, N, C, R, ACT, IMAGES, CHUNK, BLOCK_C)
+    v = project(u_ptr, fc, n, c, N, C, R, ACT, IMAGES, CHUNK, BLOCK_C)
     if v_ptr is not None:
         inside = (n < N)[:, None] & (c < C)[None, :] & (split == 0)
         tl.store(v_ptr + n[:, None] * C + c[None, :], v, mask=inside)
@@ -295,28 +179,10 @@ def forward(
 ) -> None:
     """Write (y, s, u, v), s and v only if `keeps`."""
     y, s, u, v = outputs
-    N, R = u.shape
-    fc1, fc2 = _matrix(fc1_weight), _matrix(fc2_weight)
-    C = fc1.shape[1]
+    fc1, fc2 = matrix(fc1_weight), matrix(fc2_weight)
     # the splits are added by tiles of many, so there may be as many as fill the GPU
     (sums,) = _pool.pool(x, None, _pool.value, 1, max_splits=MAX_SPLITS)
-    splits = sums.shape[0] // N
-    product = _pick_product(N, R, C, splits, u.dtype)
-    launch(
-        _squeeze_kernel,
-        (triton.cdiv(N, product.IMAGES) * triton.cdiv(R, product.ROWS),),
-        x.device,
-        s_ptr=s if keeps else None,
-        u_ptr=u,
-        sums_ptr=sums,
-        fc=(fc1, fc1_bias, *fc1.stride()),
-        N=N,
-        C=C,
-        R=R,
-        P=x.shape[2] * x.shape[3],
-        splits=splits,
-        **product._asdict(),
-    )
+    squeeze(u, s if keeps else None, sums, fc1, fc1_bias, x.shape[2] * x.shape[3])
     _pass(
         _scale_kernel,
         (y, x, residual),
@@ -326,11 +192,6 @@ def forward(
         GATE=GATES[gate][0],
         OUT_ACT=ACTIVATIONS[out_act][0],
     )
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """View the weight of a 1x1 convolution as that of a linear layer."""
-    return weight[:, :, 0, 0] if weight.dim() == 4 else weight
 
 
 def _pass(kernel, maps, vectors, fc, **functions) -> None:
@@ -447,7 +308,7 @@ def _dhidden_kernel(
         inside = (n < N) & (c < C)
         # dv = sum(dz * x) * gate'(v)
         dv = DGATE(tl.load(v_ptr + n * C + c, mask=inside, other=0.0))
-        dv *= _add_up(sums_ptr, n, c, N, C, splits, IMAGES, CHUNK, BLOCK_S)
+        dv *= add_up(sums_ptr, n, c, N, C, splits, IMAGES, CHUNK, BLOCK_S)
         tl.store(dv_ptr + n * C + c, dv, mask=inside & (block_r == 0))
         at = r * stride_r + c * stride_c
         weight = tl.load(weight_ptr + at, mask=(r < R) & (c < C), other=0.0)
@@ -561,7 +422,7 @@ def _dx_kernel(
     n = first + tl.arange(0, IMAGES).to(tl.int64)
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
 
-    ds = _project(du_ptr, fc, n, c, N, C, R, IDENTITY, IMAGES, CHUNK, BLOCK_C) / P
+    ds = project(du_ptr, fc, n, c, N, C, R, IDENTITY, IMAGES, CHUNK, BLOCK_C) / P
     inside = (n < N)[:, None] & (c < C)[None, :]
     gates = GATE(tl.load(v_ptr + n[:, None] * C + c[None, :], mask=inside, other=0.0))
     c = channel_block(block_c, BLOCK_C, CHANNELS_LAST)
@@ -599,13 +460,13 @@ def backward(
     """Write (dx, dresidual, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias)."""
     dx, dresidual, dw1, db1, dw2, db2 = gradients
     N, R = u.shape
-    fc1, fc2 = _matrix(fc1_weight), _matrix(fc2_weight)
+    fc1, fc2 = matrix(fc1_weight), matrix(fc2_weight)
     C = fc1.shape[1]
     # dresidual is dz: where x alone does not yield it, the first pass writes it, the last reads it
     dz = dresidual if dresidual.numel() else None
     sums = _sums(dy, x, y, residual, v, gate, out_act, dz)
     splits = sums.shape[0] // N
-    product = _pick_product(N, R, C, splits, u.dtype)
+    product = pick_product(N, R, C, splits, u.dtype)
     du, dv = u.new_empty(N, R), u.new_empty(N, C)
     launch(
         _dhidden_kernel,
@@ -630,7 +491,7 @@ def backward(
         # as many images at once as 64 registers of partial sums allow: fewer round trips
         rows, columns = min(16, triton.next_power_of_2(R)), min(32, triton.next_power_of_2(C))
         images = min(triton.next_power_of_2(N), PARTIALS[u.dtype] // (rows * columns))
-        dfc1, dfc2 = _matrix(dw1), _matrix(dw2)
+        dfc1, dfc2 = matrix(dw1), matrix(dw2)
         launch(
             _dweights_kernel,
             (triton.cdiv(R, rows) * triton.cdiv(C, columns), 2),

@@ -9,12 +9,14 @@ from . import (
     batch_norm_act,
     batch_norm_act_pool,
     conv2d_act,
+    conv2d_act_pool,
     drop_path_add,
     global_avg_pool,
     global_response_norm,
     layer_norm_2d,
     scale_bias_act,
     squeeze_excite,
+    squeeze_gate,
 )
 from ._case import DTYPES, LAYOUTS, SUBJECTS, Case, Draw, Inputs, Subject
 
@@ -29,6 +31,8 @@ SUBJECTS.update(
         "drop_path_add": drop_path_add.SUBJECT,
         "batch_norm_act_pool": batch_norm_act_pool.SUBJECT,
         "conv2d_act": conv2d_act.SUBJECT,
+        "conv2d_act_pool": conv2d_act_pool.SUBJECT,
+        "squeeze_gate": squeeze_gate.SUBJECT,
     }
 )
 OPS = tuple(SUBJECTS)

@@ -25,7 +25,8 @@ FULL, PLAIN = ("scale", "bias", "residual"), ("bias",)
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def _number(case: Case, name: str, default: int) -> int:
+def number(case: Case, name: str, default: int) -> int:
+    """Return the number of the option `name`, as in "k=24"."""
     found = [o.partition("=")[2] for o in case.options if o.startswith(f"{name}=")]
     return int(found[0]) if found else default
 
@@ -37,53 +38,52 @@ def _window(case: Case) -> tuple[int, int]:
 
 
 def _steps(case: Case) -> tuple[tuple[int, int], ...]:
-    steps = (_number(case, "stride", 1), _number(case, "pad", 0), _number(case, "dilation", 1))
+    steps = (number(case, "stride", 1), number(case, "pad", 0), number(case, "dilation", 1))
     return tuple((step, step) for step in steps)
 
 
-def _draw(case: Case, draw: Draw) -> Inputs:
-    (N, C, H, W), (R, S), groups = case.shape, _window(case), _number(case, "groups", 1)
-    K = _number(case, "k", C)
+def draw(case: Case, source: Draw) -> Inputs:
+    """Draw the tensors of a call."""
+    (N, C, H, W), (R, S), groups = case.shape, _window(case), number(case, "groups", 1)
+    K = number(case, "k", C)
     (stride, _), (padding, _), (dilation, _) = _steps(case)
     P, Q = ((n + 2 * padding - dilation * (r - 1) - 1) // stride + 1 for n, r in ((H, R), (W, S)))
     vectors = case.dtype if "half" in case.options else torch.float32
-    weight = draw.normal(K, C // groups, R, S) / (C // groups * R * S) ** 0.5
+    weight = source.normal(K, C // groups, R, S) / (C // groups * R * S) ** 0.5
     mixed = case.layout == "mixed"
     return {
-        "x": draw.x(),
+        "x": source.x(),
         "weight": weight.to(case.dtype).contiguous(memory_format=torch.channels_last),
-        "scale": (draw.normal(K) + 1.5).to(vectors) if "scale" in case.options else None,
-        "bias": draw.normal(K).to(vectors) if "bias" in case.options else None,
-        "residual": draw.map(draw.normal(N, K, P, Q), "nchw" if mixed else None)
+        "scale": (source.normal(K) + 1.5).to(vectors) if "scale" in case.options else None,
+        "bias": source.normal(K).to(vectors) if "bias" in case.options else None,
+        "residual": source.map(source.normal(N, K, P, Q), "nchw" if mixed else None)
         if "residual" in case.options
         else None,
     }
 
 
 def _run(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    return {"y": op(*_arguments(case, inputs))}
+    return {"y": op(*arguments(case, inputs))}
 
 
-def _arguments(case: Case, inputs: Inputs) -> tuple[Any, ...]:
+def arguments(case: Case, inputs: Inputs) -> tuple[Any, ...]:
     """Return the arguments of the op."""
     precision = "ieee" if "ieee" in case.options else "tf32"
     candidates = (o for o in case.options if o.startswith(("triton", "cudnn")))
     return (
         *inputs.values(),
         *_steps(case),
-        _number(case, "groups", 1),
+        number(case, "groups", 1),
         case.act,
         precision if case.dtype == torch.float32 else "",
         next(candidates, ""),
     )
 
 
-def _terms(case: Case, name: str, value: Tensor) -> int:
+def terms(case: Case, name: str, value: Tensor) -> int:
     """Return how many products a sum of fp32 has; a narrower type's one rounding hides them."""
     R, S = _window(case)
-    return (
-        R * S * case.shape[1] // _number(case, "groups", 1) if value.dtype == torch.float32 else 1
-    )
+    return R * S * case.shape[1] // number(case, "groups", 1) if value.dtype == torch.float32 else 1
 
 
 def _declare() -> Iterator[Case]:
@@ -232,8 +232,8 @@ def _gate(base: Case) -> Iterator[Case]:
 
 def _variants(case: Case) -> Iterator[Case]:
     """Yield the case with every configuration that the assumed device may be tuned to."""
-    for candidate in configurations(*_arguments(case, case.inputs("meta"))):
+    for candidate in configurations(*arguments(case, case.inputs("meta"))):
         yield replace(case, options=(candidate, *case.options))
 
 
-SUBJECT = Subject(_draw, _run, _declare, (), terms=_terms, variants=_variants)
+SUBJECT = Subject(draw, _run, _declare, (), terms=terms, variants=_variants)

@@ -1,0 +1,169 @@
+"""What `vertebra.fuse` saves around a convolution: the passes that squeeze, scale and pool maps.
+
+Where kernels of ours run a convolution, its epilogue leaves the means of what it writes, and its
+prologue multiplies what it reads (`vertebra.kernels.conv2d_act_pool`). Everywhere else, and where
+somebody watches or traces what is in between, all runs as it does without this.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from ..kernels import squeeze_gate
+from ..kernels._op import has_kernels
+from ._act import fusible_act, fusible_gate, has_hooks
+from .fused import Folded, FusedConv2d, epilogue, is_fused
+from .global_avg_pool import GlobalAvgPool2d
+from .norm_act import pooled
+
+
+class Unit(NamedTuple):
+    """A convolution and what follows it: what a module's `unit()` returns."""
+
+    conv: nn.Module
+    norm: nn.Module
+    act: nn.Module | None = None
+    drop: nn.Module | None = None
+
+
+class Excitation(NamedTuple):
+    """The layers of a squeeze and excitation: what a module's `excitation()` returns."""
+
+    fc1: nn.Module
+    act: nn.Module
+    fc2: nn.Module
+    gate: nn.Module
+
+
+def _has_ours(x: Tensor) -> bool:
+    """Return whether kernels of ours run on x, and nobody traces it."""
+    traced = isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling()
+    return not traced and has_kernels(x)
+
+
+def excited(
+    first: nn.Module,
+    se: nn.Module,
+    last: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    act: nn.Module | None = None,
+    drop: nn.Module | None = None,
+    pool: nn.Module | None = None,
+) -> Tensor | None:
+    """Return `pool(act(drop(last(se(first(x)))) + residual))`, None where it cannot be fused.
+
+    Args:
+        first: a module with a `unit()`.
+        se: a module with an `excitation()`.
+        last: as `first`.
+        x: (N, C, H, W).
+        residual: added before the last activation.
+        act: the last activation, if `last` does not end in its own.
+        drop: before the add.
+        pool: follows the activation.
+    """
+    layers = None if not _has_ours(x) or has_hooks(se) else _call(se, "excitation")
+    before, behind = _unit(first), _unit(last)
+    if layers is None or before is None or behind is None:
+        return None
+    behind = behind._replace(act=act or behind.act, drop=drop or behind.drop)
+    ends = _end(before), _end(behind)
+    functions = fusible_act(layers.act), fusible_gate(layers.gate)
+    fcs: list[Any] = [layers.fc1, layers.fc2]
+    if None in ends or None in functions or not all(is_plain(fc) for fc in fcs):
+        return None
+    conv, last_conv = before.conv, behind.conv
+    assert isinstance(conv, FusedConv2d)
+    assert isinstance(last_conv, FusedConv2d)
+    found = conv.by_image(x, None, str(ends[0]))
+    if found is None:
+        return None
+    y, shares = found
+    of_fcs = [t for fc in fcs for t in (fc.weight, fc.bias)]
+    gate = squeeze_gate(shares, *of_fcs, *map(str, functions))
+    return conv_act_pool(last_conv, y, residual, str(ends[1]), pool, gate)
+
+
+def _unit(module: nn.Module) -> Unit | None:
+    return None if has_hooks(module) else _call(module, "unit")
+
+
+def _call(module: Any, name: str) -> Any:
+    method = getattr(type(module), name, None)
+    return None if method is None else method(module)
+
+
+def _end(unit: Unit) -> str | None:
+    if not (isinstance(unit.norm, Folded) and isinstance(unit.conv, FusedConv2d)):
+        return None
+    return epilogue(unit.norm, unit.act, unit.drop) if is_fused(unit.conv) else None
+
+
+def is_plain(fc: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether an op may read the parameters of `fc` in place of calling it."""
+    if isinstance(fc, FusedConv2d):
+        return is_fused(fc)
+    # what is put in place of a convolution may compute something else
+    return type(fc) is nn.Conv2d and not has_hooks(fc)
+
+
+def conv_act_pool(
+    conv: FusedConv2d,
+    x: Tensor,
+    residual: Tensor | None,
+    act: str,
+    pool: nn.Module | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Return `pool(act(conv(x * gate) + residual))`; of a mean's map nothing is written."""
+    pools = pool is not None and is_mean(pool)
+    if (pools or gate is not None) and _has_ours(x):
+        found = conv.by_image(x, residual, act, gate=gate, writes=not pools, pools=pools)
+        if found is not None:
+            y, shares = found
+            if not pools:
+                return pooled(y, pool)
+            mean = shares.sum(1).to(x.dtype)
+            return mean if getattr(pool, "flatten", False) else mean[:, :, None, None]
+    x = x if gate is None else x * gate.to(x.dtype)[:, :, None, None]
+    return pooled(conv(x, residual, act), pool)
+
+
+def is_mean(pool: nn.Module) -> bool:
+    """Return whether `pool` is the mean of each channel over the image, and nobody watches it."""
+    if has_hooks(pool):
+        return False
+    if type(pool) is nn.AdaptiveAvgPool2d:
+        return pool.output_size in (1, (1, 1))
+    return type(pool) is GlobalAvgPool2d
+
+
+def ends_in_pool(stage: nn.Module, pool: nn.Module, x: Tensor) -> bool:
+    """Return whether the last block of a stage may run the pool with its last convolution.
+
+    A block that can says by a method `last_unit()` which one that is, and takes the pool as an
+    argument.
+    """
+    if (
+        not _has_ours(x)
+        or not (isinstance(stage, nn.Sequential) and len(stage))
+        or has_hooks(stage)
+    ):
+        return False
+    if getattr(stage, "grad_checkpointing", False) or not is_mean(pool) or has_hooks(stage[-1]):
+        return False
+    unit: Unit | None = _call(stage[-1], "last_unit")
+    return unit is not None and _end(unit) is not None
+
+
+def run_into_pool(stage: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+    """Return `pool(stage(x))`, the pool run by the last block of the stage."""
+    blocks: list[Any] = list(stage.children())
+    for block in blocks[:-1]:
+        x = block(x)
+    return blocks[-1](x, pool)
