@@ -63,6 +63,7 @@ def list_models(
 
     The names are what `vertebra.create_model` and `vertebra predict --model` take.
     """
+    from ..bench.report import print_table
     from ..models import list_models
     from ..models._registry import family_of
 
@@ -83,7 +84,7 @@ def list_models(
     if json:
         typer.echo(json_.dumps([model._asdict() for model in models], indent=1))
     elif out.is_terminal:
-        out.print(_table(models))
+        print_table(out, _table(models), "family", "weights", "pixels")
     else:
         typer.echo("\n".join(model.name for model in models))
 

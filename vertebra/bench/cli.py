@@ -132,6 +132,7 @@ def main_job(
     """
     if context.invoked_subcommand is not None:
         return
+    from . import charts
     from . import main_job as job
 
     try:
@@ -145,9 +146,10 @@ def main_job(
             seed=seed,
             quick=quick,
         )
-        report = job.run(model, settings, out, console(120))
+        report = job.run(model, settings, out / "main.json", console(120))
     except (ValueError, KeyError) as error:
         raise usage_error(error) from None
+    write(report, out / "main.json", {out / "main.png": charts.models})
     leave(report)
 
 
@@ -291,7 +293,7 @@ def _measure(
 
 def _floors(kind: str, options: dict[str, Any]) -> None:
     """Show rooflines, with the rates of this machine or of another."""
-    from . import floors
+    from . import floors, outputs
     from .models import chosen
 
     def given(name: str, unit: float) -> float | None:
@@ -310,6 +312,8 @@ def _floors(kind: str, options: dict[str, Any]) -> None:
         }
     try:
         settings = _settings(kind, options, ())
+        outputs.check(options["json"])
+        outputs.check_chart(options["plot"])
         finished = floors.run(
             chosen(options["names"] or [], settings),
             settings,
@@ -466,9 +470,10 @@ def overhead(
     json: Annotated[Path | None, typer.Option(help="Also write what was measured there.")] = None,
 ) -> None:
     """Time what a call of each op costs the host, with a GPU or without."""
-    from . import overhead
+    from . import outputs, overhead
 
     try:
+        outputs.check(json)
         report = overhead.measure(rounds, say=log().print)
     except ValueError as error:
         raise usage_error(error) from None

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from .._explain import explain
@@ -153,7 +153,7 @@ def _versions(row: Row, versions: Readings) -> str:
 
 def show(console: Console, versions: Path) -> None:
     """Print the table."""
-    drawn = Table(*HEADINGS)
+    drawn = Table(*(Column(heading, overflow="fold") for heading in HEADINGS))
     for line in lines(versions):
         drawn.add_row(*line)
     console.print(drawn)

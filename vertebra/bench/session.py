@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Column
 
 from . import ceilings, cpu, environment, outputs
 from .results import Comparison, Report, plain
@@ -183,11 +184,17 @@ class _Bar:
     """Progress: a bar on a terminal, a line for each task elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
-        columns += [MofNCompleteColumn(), Elapsed()]
+        # of the words goes what does not fit
+        words = TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1))
+        columns: list[Any] = [SpinnerColumn(), words, BarColumn(20), MofNCompleteColumn()]
         self._console = console
         self._bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
+            *columns,
+            Elapsed(),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
         self._done = self._end = 0

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..report import conclude, plain_table, steady_table
+from ..report import conclude, plain_table, show_steady
 from ..results import Comparison, Report, Row
 from .plan import Visit
 from .verdicts import amount, duration, median_of, payoffs, tally, verdicts
@@ -24,7 +24,7 @@ def show(report: Report, console: Console) -> None:
     """Print every comparison, who wins where, when compiling pays, and the notes."""
     for comparison in report.comparisons:
         if comparison.facts["aspect"] == "steady":
-            console.print(steady_table(comparison, report.ceilings, console.width))
+            show_steady(comparison, report.ceilings, console)
         else:
             console.print(_TABLES[comparison.facts["aspect"]](comparison))
         for row in comparison.rows:
