@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..bench.cli import log
 from ._app import refusing
 
 
@@ -23,10 +24,11 @@ def report(
 
         if not (root / "mkdocs.yml").exists():
             raise ValueError(f"{root.resolve()} is no checkout of vertebra; --root names one")
-        if check:
-            stale = list(site.out_of_step(root))
-        else:
-            typer.echo("\n".join(map(str, site.write(root))) or "everything is in step")
+        with log().status("counts traffic, and builds what accelerate knows: a minute"):
+            stale = list(site.out_of_step(root)) if check else []
+            written = [] if check else site.write(root)
+        if not check:
+            typer.echo("\n".join(map(str, written)) or "everything is in step")
             return
     for name in stale:
         typer.echo(f"out of step: {name}", err=True)

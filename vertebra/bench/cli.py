@@ -480,3 +480,5 @@ def overhead(
     overhead.show(report, console(100))
     if json is not None:
         report.save(json)
+        say_written([json])
+    leave(report)

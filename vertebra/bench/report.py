@@ -14,6 +14,8 @@ from rich.table import Table
 from .ceilings import Ceilings
 from .results import Comparison, Report, Row, quartiles
 
+_ENOUGH = 3  # rounds, of which quartiles say something
+
 
 def show(report: Report, console: Console) -> None:
     """Print every comparison, then the verdicts and the notes."""
@@ -71,7 +73,7 @@ def verdict(comparison: Comparison) -> Verdict | None:
         return None
     speedups = comparison.speedups(ours)
     low, middle, high = quartiles(speedups)
-    if len(speedups) < 3 or low <= 1 <= high:
+    if len(speedups) < _ENOUGH or low <= 1 <= high:
         outcome = "not told apart from"
     else:
         outcome = "faster than" if middle > 1 else "a loss: slower than"
@@ -89,7 +91,8 @@ def sentences(report: Report) -> Iterator[str]:
     for comparison, ours, peer, outcome, (low, middle, high) in verdicts(report):
         yield (
             f"{comparison.name}: {ours.provider} is {outcome} the fastest peer ({peer.provider} in "
-            f"the median), {middle:.2f}x its speed [quartiles {low:.2f} to {high:.2f}]."
+            f"the median), {middle:.2f}x its speed [quartiles {low:.2f} to {high:.2f}]"
+            f"{'' if len(ours.samples_ms) >= _ENOUGH else ', in too few rounds to tell'}."
         )
 
 
@@ -108,6 +111,8 @@ def tally(report: Report) -> Iterator[str]:
 
 def show_steady(comparison: Comparison, ceilings: Ceilings | None, console: Console) -> None:
     """Print the table of a comparison: times, rates, errors, memory."""
+    if not comparison.rows:  # it was begun, and no more
+        return
     lines = {row.provider: columns(comparison, row, ceilings) for row in comparison.rows}
     headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
     table = plain_table(comparison.name, "provider")
@@ -130,6 +135,12 @@ def plain_table(title: str, first: str) -> Table:
 
 def print_table(console: Console, table: Table, *least: str) -> None:
     """Print a table; of columns that do not fit, leave out `least`, the first ones first."""
+    for column in table.columns:
+        if column.no_wrap:  # which alone does not keep rich from cutting it off
+            column.min_width = max(
+                Measurement.get(console, console.options, cell).maximum
+                for cell in (column.header, *column.cells)
+            )
     left_out: list[str] = []
     for heading in least:
         if Measurement.get(console, console.options, table).minimum <= console.width:
