@@ -94,6 +94,38 @@ def test_eager_that_is_wrong_itself_is_no_yardstick() -> None:
         Oracle(exact, torch.float32).calibrate({k: -v for k, v in exact.items()})
 
 
+def test_few_noisy_tensors_have_budgets_of_their_own() -> None:
+    """A sum that cancels in half precision neither ends a comparison nor opens it to others."""
+    exact = {f"gradients:{i}": torch.randn(20, dtype=torch.float64) for i in range(20)}
+    eager = {name: value.float() for name, value in exact.items()}
+    eager["gradients:7"] = eager["gradients:7"] * 1.5
+    oracle = Oracle(exact, torch.float32)
+    oracle.calibrate(eager)
+    assert oracle.noisy == ["gradients:7"]
+    verdict = oracle.judge({**eager, "gradients:7": exact["gradients:7"] * 0.2})
+    assert not verdict.wrong
+    assert verdict.allowed["gradients"] < 1e-5
+    assert "gradients:7" in oracle.judge({**eager, "gradients:7": eager["gradients:7"] * 3}).wrong
+    for planted in (float("nan"), float("inf")):
+        off = eager["gradients:7"].clone()
+        off[3] = planted
+        assert "gradients:7" in oracle.judge({**eager, "gradients:7": off}).wrong
+    other = {**eager, "gradients:3": eager["gradients:3"] * 1.001}
+    assert "gradients:3" in oracle.judge(other).wrong
+    for name in ("gradients:1", "gradients:2"):
+        eager[name] = eager[name] * 1.5
+    with pytest.raises(ValueError, match="no yardstick: 3 of 20 gradients"):
+        oracle.calibrate(eager)
+
+
+def test_eager_that_is_not_finite_is_no_yardstick() -> None:
+    exact = {f"gradients:{i}": torch.randn(20, dtype=torch.float64) for i in range(20)}
+    eager = {name: value.float() for name, value in exact.items()}
+    eager["gradients:7"][3] = float("nan")
+    with pytest.raises(ValueError, match="no yardstick"):
+        Oracle(exact, torch.float32).calibrate(eager)
+
+
 def test_top1_is_the_share_of_images_that_agree() -> None:
     exact = truth()
     answers = {name: value.float() for name, value in exact.items()}

@@ -43,17 +43,24 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
         lambda: regnet(linear_out=True, num_features=24),
         {"conv2d_act_pool": 4, "squeeze_gate": 2, "global_avg_pool": 1},
     ),
-    "ResNet-50": (resnet, {"conv2d_act_pool": 1}),
-    "ResNet-18": (lambda: resnet(block="basic"), {"conv2d_act_pool": 1}),
-    "SE-ResNet": (lambda: resnet(attn_layer="se"), {"squeeze_excite": 2, "global_avg_pool": 1}),
+    "ResNet-50": (resnet, {"batch_norm_act_pool": 1, "conv2d_act_pool": 1}),
+    "ResNet-18": (
+        lambda: resnet(block="basic"),
+        {"batch_norm_act_pool": 1, "conv2d_act_pool": 1},
+    ),
+    "SE-ResNet": (
+        lambda: resnet(attn_layer="se"),
+        {"batch_norm_act_pool": 1, "squeeze_excite": 2, "global_avg_pool": 1},
+    ),
 }
 PEERS = {
     "torchvision: regnet_y": {"conv2d_act_pool": 4, "squeeze_gate": 2},
     "timm: regnet": {"conv2d_act_pool": 8, "squeeze_gate": 4},
     "transformers: RegNet y": {"conv2d_act_pool": 4, "squeeze_gate": 2},
-    "torchvision: Bottleneck": {"conv2d_act_pool": 1},
+    "torchvision: Bottleneck": {"batch_norm_act_pool": 1, "conv2d_act_pool": 1},
+    "timm: Bottleneck": {"batch_norm_act_pool": 1},
+    "transformers: ResNet bottleneck": {"batch_norm_act_pool": 1},
 }
-CONVOLUTIONS = ("conv2d_act", "batch_norm_act_pool")
 
 
 def passes(model: nn.Module, x: Tensor, path: Any = "auto") -> tuple[Tensor, dict[str, int]]:
@@ -61,7 +68,7 @@ def passes(model: nn.Module, x: Tensor, path: Any = "auto") -> tuple[Tensor, dic
     seen: dict[str, int] = {}
 
     def note(call: Any) -> None:
-        if call.op.name not in CONVOLUTIONS:
+        if call.op.name != "conv2d_act":
             seen[call.op.name] = seen.get(call.op.name, 0) + 1
 
     with torch.no_grad(), vertebra.backend(path), observe(note):
@@ -132,6 +139,26 @@ def test_hooks_see_what_they_are_promised(name: str, ops: dict[str, int], device
     shapes = list(seen)
     passes(fused, x, "eager")
     assert seen == shapes * 2
+
+
+@pytest.mark.parametrize("name", ["maxpool", "conv1", "bn1", "relu"])
+def test_a_stem_that_is_watched_pools_by_itself(name: str, device) -> None:
+    model, x = resnet().to(device), torch.randn(2, 3, 40, 33, device=device)
+    fused, seen = fuse(model), []
+    fused.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    found, counted = passes(fused, x, "triton")
+    assert seen
+    assert "batch_norm_act_pool" not in counted
+    assert_right(model, found, x)
+
+
+def test_a_stem_that_normalises_its_image(device) -> None:
+    model, x = resnet().to(device), torch.rand(2, 3, 40, 33, device=device)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    found, counted = passes(fuse(model, mean=mean, std=std), x, "triton")
+    assert counted["batch_norm_act_pool"] == 1
+    centred = x - torch.tensor(mean, device=device)[:, None, None]
+    assert_right(model, found, centred / torch.tensor(std, device=device)[:, None, None])
 
 
 def test_a_gate_before_another_kernel(device, monkeypatch) -> None:

@@ -101,6 +101,8 @@ def measure(
         tick: told what comes next, before each provider's check and each round.
     """
     ready: list[tuple[Row, Timer]] = []
+    if oracle.noisy:
+        comparison.facts["noisy"] = oracle.noisy
     with clock.stream():
         for provider in providers:
             tick(f"{provider.name}: build and check")

@@ -4,8 +4,9 @@
 
 The window is rows 2i - 1 to 2i + 1 and columns 2j - 1 to 2j + 1, cut at the border. In training
 mean and rstd are those of the batch, and, where given, the running statistics are advanced as in
-`batch_norm_act`; else they come from the running statistics, which are constants. Of equal values
-the first of the window wins, of several NaN the last: `nn.MaxPool2d`'s rule, in scan order.
+`batch_norm_act`; else they come from the running statistics, which are constants, or are 0 and 1
+(`bias_act_pool`) behind a convolution that has taken over the norm. Of equal values the first of
+the window wins, of several NaN the last: `nn.MaxPool2d`'s rule, in scan order.
 
     at = where in its window a maximum is (0 to 8)        peak = x there
     dz[p] = act'(z[p]) * sum of dy over the windows whose maximum is at p
@@ -62,7 +63,21 @@ def batch_norm_act_pool(
     tensor([0., 0., 5., 7.])
     """
     check_eps("batch_norm_act_pool", eps)
+    if not training and running_mean is None and running_var is None:
+        raise ValueError(
+            "batch_norm_act_pool: with training=False the running statistics normalise; "
+            "give running_mean and running_var, or training=True"
+        )
     return op(x, weight, bias, running_mean, running_var, training, momentum, eps, act)
+
+
+def bias_act_pool(x: Tensor, bias: Tensor | None = None, act: str = "relu") -> Tensor:
+    """Return `max_pool2d(act(x + bias), 3, 2, 1)`: the stem of a network that `fuse` has made.
+
+    >>> bias_act_pool(torch.arange(4.0).reshape(1, 1, 2, 2), torch.tensor([-1.0])).flatten()
+    tensor([2.])
+    """
+    return op(x, None, bias, None, None, False, 0.0, 1e-5, act)
 
 
 def _check(
@@ -84,11 +99,6 @@ def _check(
     check_vectors(name, x, **vectors, running_mean=running_mean, running_var=running_var)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: give both running_mean and running_var, or neither")
-    if not training and running_mean is None:
-        raise ValueError(
-            f"{name}: with training=False the running statistics normalise; "
-            "give running_mean and running_var, or training=True"
-        )
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(
             f"{name}: training needs more than one value per channel, got x of shape "
@@ -108,7 +118,10 @@ def _eager(
     eps: float,
     act: str,
 ) -> Tensor:
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training or running_mean is not None:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    else:
+        y = x.clone() if bias is None else (x + bias[:, None, None]).to(x.dtype)
     return F.max_pool2d(finish(y, None, act), 3, 2, 1)
 
 
@@ -192,7 +205,7 @@ def _gradients(
 
 @define(
     "batch_norm_act_pool_backward(Tensor dy, Tensor? x, Tensor? at, Tensor? peak, Tensor? weight, "
-    "Tensor? bias, Tensor mean, Tensor spread, bool training, float eps, str act) "
+    "Tensor? bias, Tensor? mean, Tensor? spread, bool training, float eps, str act) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     _gradients,
 )

@@ -92,12 +92,20 @@ class FusedConv2d(_Repacked, nn.Conv2d):
         ends = {"gate": gate, "writes": writes, "pools": pools}
         return where_ours(*tensors, act, **ends, **self._steps, padding=padding)
 
+    def without_bias(self, x: Tensor) -> Tensor:
+        """Return the convolution of x and nothing else."""
+        x, padding = self._padded(x.contiguous(memory_format=torch.channels_last))
+        return conv2d_act(x, self.filters, **self._steps, padding=padding)
+
     @property
     def _steps(self) -> dict[str, Any]:
         return {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Return x with the padding that the op does not know, and the one that it does."""
+        """Return x with the padding that the op does not know, and the one that it does.
+
+        And with whatever else comes before the convolution.
+        """
         if self.padding_mode != "zeros":
             return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0
         if isinstance(self.padding, str):  # "same": one pixel more at the end, if need be
@@ -121,8 +129,8 @@ class FusedImageConv2d(FusedConv2d):
 
     mean: Tensor
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, act: str = "none") -> Tensor:
-        return super().forward(x - self.mean, residual, act)
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        return super()._padded(x - self.mean)
 
 
 class FusedLinear(_Repacked, nn.Linear):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..kernels import squeeze_gate
 from ..kernels._op import has_kernels
+from ..kernels.batch_norm_act_pool import bias_act_pool
 from ._act import fusible_act, fusible_gate, has_hooks
 from .fused import Folded, FusedConv2d, epilogue, is_fused
 from .global_avg_pool import GlobalAvgPool2d
-from .norm_act import pooled
+from .norm_act import fuses_pool, pooled
 
 
 class Unit(NamedTuple):
@@ -120,7 +121,10 @@ def conv_act_pool(
     pool: nn.Module | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """Return `pool(act(conv(x * gate) + residual))`; of a mean's map nothing is written."""
+    """Return `pool(act(conv(x * gate) + residual))`; of a mean's map nothing is written.
+
+    A stem's maximum is taken as the bias is added.
+    """
     pools = pool is not None and is_mean(pool)
     if (pools or gate is not None) and _has_ours(x):
         found = conv.by_image(x, residual, act, gate=gate, writes=not pools, pools=pools)
@@ -131,6 +135,9 @@ def conv_act_pool(
             mean = shares.sum(1).to(x.dtype)
             return mean if getattr(pool, "flatten", False) else mean[:, :, None, None]
     x = x if gate is None else x * gate.to(x.dtype)[:, :, None, None]
+    if pool is not None and residual is None and _has_ours(x) and fuses_pool(pool, x):
+        # a stem: of its map, the largest of all, nothing is written but by the convolution
+        return bias_act_pool(conv.without_bias(x), conv.bias, act)
     return pooled(conv(x, residual, act), pool)
 
 

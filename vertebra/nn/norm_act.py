@@ -50,7 +50,7 @@ def _normalised(
     return y
 
 
-def _fuses_pool(pool: nn.Module, x: Tensor) -> bool:
+def fuses_pool(pool: nn.Module, x: Tensor) -> bool:
     """Return whether `pool` is that of a ResNet's stem, and nobody watches or traces it."""
     return (
         not isinstance(x, torch.fx.Proxy)
@@ -100,7 +100,7 @@ def normalise(
     name = "none" if act is None else fusible_act(act)
     fused = name if is_idle(drop) else None
     kwargs, counter = _statistics(norm)
-    if pool is not None and residual is None and fused is not None and _fuses_pool(pool, x):
+    if pool is not None and residual is None and fused is not None and fuses_pool(pool, x):
         y = batch_norm_act_pool(x, norm.weight, norm.bias, fused, **kwargs)
         if counter is not None:
             counter.add_(1)

@@ -335,7 +335,7 @@ def forward(
         eps=eps,
         ACT=ACTIVATIONS[act][0],
         KEEPS_ORDER=act in _KEEPS_ORDER,
-        SPREAD_IS_VAR=not training,
+        SPREAD_IS_VAR=not training and running_var is not None,
         ACC=ACC[x.dtype],
         CHANNELS_LAST=view.channels_last,
         PAIRED=view.paired,
@@ -479,8 +479,8 @@ def backward(
     peak: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    spread: Tensor,
+    mean: Tensor | None,
+    spread: Tensor | None,
     training: bool,
     eps: float,
     act: str,
@@ -496,7 +496,7 @@ def backward(
             dx=None,
             sums=sums,
             eps=eps,
-            spread_is_var=not training,
+            spread_is_var=not training and spread is not None,
         )
     if x is None or at is None:
         return
@@ -525,7 +525,7 @@ def backward(
         rows=config.rows,
         eps=eps,
         DACT=ACTIVATIONS[act][1],
-        SPREAD_IS_VAR=not training,
+        SPREAD_IS_VAR=not training and spread is not None,
         ACC=ACC[dx.dtype],
         CHANNELS_LAST=view.channels_last,
         PAIRED=view.paired,

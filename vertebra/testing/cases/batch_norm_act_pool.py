@@ -1,4 +1,7 @@
-"""The cases of `batch_norm_act_pool`; the option "eval" has stored statistics normalise."""
+"""The cases of `batch_norm_act_pool`.
+
+The option "eval" has stored statistics normalise; "bias" is `bias_act_pool`, and nothing does.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from ...kernels import batch_norm_act_pool
 from ...kernels._act import ACTIVATIONS
+from ...kernels.batch_norm_act_pool import bias_act_pool
 from ._case import (
     DTYPES,
     LAYOUTS,
@@ -49,7 +53,7 @@ def _draw(case: Case, draw: Draw) -> Inputs:
     return {
         "x": draw.x(),
         "weight": (draw.normal(C) + draw.normal(C).sign()).float() if affine else None,
-        "bias": draw.normal(C).float() if affine else None,
+        "bias": draw.normal(C).float() if affine or "bias" in case.options else None,
         "mean": draw.normal(C).float() if stats else None,
         "var": (0.5 + draw.normal(C).abs()).float() if stats else None,
         "dy": draw.map(dy, "nchw" if case.layout == "mixed" else None),
@@ -59,6 +63,8 @@ def _draw(case: Case, draw: Draw) -> Inputs:
 def _run(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     x, weight, bias, mean, var, _ = inputs.values()
     assert x is not None
+    if "bias" in case.options:
+        return {"y": bias_act_pool(x, bias, case.act)}
     training = "eval" not in case.options
     y = batch_norm_act_pool(
         *(x, weight, bias, case.act),
@@ -92,7 +98,11 @@ def _settle(case: Case, inputs: Inputs) -> Tensor:
     training = "eval" not in case.options
     if training:
         mean = var = None
-    z = F.batch_norm(x, mean, var, weight, bias, training)
+    if "bias" in case.options:
+        assert bias is not None
+        z = x + bias[:, None, None]
+    else:
+        z = F.batch_norm(x, mean, var, weight, bias, training)
     value = ACTIVATIONS[case.act](z.clone())
 
     def windows(t: Tensor) -> Tensor:
@@ -139,7 +149,7 @@ def _tests(base: Case) -> Iterator[Case]:
     for act in ACTIVATIONS:
         yield replace(base, act=act, options=_EVAL)
         yield replace(base, act=act, layout="nhwc", shape=(2, 12, 6, 5))
-    for options in ((), ("affine",), ("stats",), ("stats", "eval"), (*_EVAL, "frozen")):
+    for options in ((), ("affine",), ("stats",), ("stats", "eval"), (*_EVAL, "frozen"), ("bias",)):
         yield replace(base, layout="nhwc", options=options)
     layouts: tuple[Layout, ...] = ("nchw", "nhwc", "sliced")
     for i, shape in enumerate(_SHAPES):
@@ -159,6 +169,7 @@ def _gate(base: Case) -> Iterator[Case]:
     yield replace(nhwc, shape=_STEMS[2])
     yield replace(nhwc, options=())
     yield replace(nhwc, act="none", options=_EVAL)
+    yield replace(nhwc, options=("bias",))
     yield replace(nhwc, act="silu")
     yield replace(nhwc, act="gelu")
     yield replace(nhwc, dtype=torch.float16)
