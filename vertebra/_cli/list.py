@@ -51,12 +51,16 @@ class Model(NamedTuple):
 
 
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="Of the names, as in a shell: 'resnet*d'.")] = "*",
-    family: Annotated[Family | None, typer.Option(help="Only this one.")] = None,
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="Of the names, as in a shell: 'resnet*d'.")
+    ] = "*",
+    family: Annotated[Family | None, typer.Option(help="Only resnet, regnet or convnext.")] = None,
     weights: Annotated[
         bool, typer.Option("--weights", help="Only models with weights to download by name.")
     ] = False,
-    sort: Annotated[Order, typer.Option(help="The largest last.")] = Order.NAME,
+    sort: Annotated[
+        Order, typer.Option(help="By name, params or macs, the largest last.")
+    ] = Order.NAME,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the models: a table in a terminal, a name a line in a pipe.
@@ -84,7 +88,7 @@ def list_models(
     if json:
         typer.echo(json_.dumps([model._asdict() for model in models], indent=1))
     elif out.is_terminal:
-        print_table(out, _table(models), "family", "weights", "pixels")
+        print_table(out, overview(models), "family", "weights", "pixels")
     else:
         typer.echo("\n".join(model.name for model in models))
 
@@ -115,7 +119,8 @@ def describe(name: str) -> Model:
 # -------------------------------------------------------------------------------- the output
 
 
-def _table(models: Sequence[Model]) -> Table:
+def overview(models: Sequence[Model]) -> Table:
+    """Return a table of models."""
     from ..bench.report import plain_table
 
     table = plain_table(f"{len(models)} models", "name")

@@ -12,7 +12,7 @@ from ._app import refusing
 
 
 def parity(
-    pattern: Annotated[str, typer.Argument(help="Shell pattern of model names.")] = "*",
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Of model names.")] = "*",
     peers: Annotated[str, typer.Option(help="Comma-separated.")] = "torchvision,timm,transformers",
     sizes: Annotated[str, typer.Option(help="Pixels per side, comma-separated.")] = "224,97",
     json: Annotated[Path | None, typer.Option(help="Also write what was found there.")] = None,

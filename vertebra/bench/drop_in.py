@@ -128,7 +128,12 @@ def _seen(library: str) -> defaultdict[tuple[str, bool], set[str]]:
 
 def lines(versions: Path) -> list[tuple[str, str, str, str]]:
     """Return the table as text, with the versions that the readings in a file are of."""
-    readings = json.loads(versions.read_text())
+    try:
+        readings = json.loads(versions.read_text())
+    except ValueError:
+        readings = None
+    if not isinstance(readings, dict) or not set(LIBRARIES) <= set(readings):
+        raise ValueError(f"{versions} must hold what `python -m vertebra.interop.readings` writes")
     return [_cells(row, readings) for row in table()]
 
 

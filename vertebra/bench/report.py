@@ -135,15 +135,16 @@ def plain_table(title: str, first: str) -> Table:
 
 def print_table(console: Console, table: Table, *least: str) -> None:
     """Print a table; of columns that do not fit, leave out `least`, the first ones first."""
+    unbounded = console.options.update(width=10_000)  # a measurement is within its options' width
     for column in table.columns:
         if column.no_wrap:  # which alone does not keep rich from cutting it off
             column.min_width = max(
-                Measurement.get(console, console.options, cell).maximum
+                Measurement.get(console, unbounded, cell).maximum
                 for cell in (column.header, *column.cells)
             )
     left_out: list[str] = []
     for heading in least:
-        if Measurement.get(console, console.options, table).minimum <= console.width:
+        if Measurement.get(console, unbounded, table).minimum <= console.width:
             break
         kept = [column for column in table.columns if column.header != heading]
         left_out += [heading] * (len(kept) < len(table.columns))
