@@ -117,6 +117,7 @@ def _of(case, device):
     [
         ("triton:tiles:1x1x128x64x16:w4:s2", "boxes of 1x128 pixels are no runs of 64"),
         ("triton:gather:32x16x16x1:w4:s2", "tiles of 32 pixels have no runs of 64"),
+        ("triton:tiles:2x1x64x128x16:w4:s2", "a gate beside 128x128 sums, which spill"),
     ],
 )
 def test_a_candidate_that_cannot_run(name: str, words: str, device) -> None:

@@ -27,6 +27,7 @@ from ..nn import (
 )
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
+from ..nn.back_to_back import End, InParts, end_of
 from ..nn.fused import Folded, is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import normalise
@@ -184,7 +185,7 @@ class _BasicBlock:
 
 
 @accelerates("timm.models.resnet.Bottleneck", _has_other_norms, forward="e8955400bbd3")
-class _Bottleneck:
+class _Bottleneck(InParts):
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
@@ -198,13 +199,28 @@ class _Bottleneck:
     conv3: nn.Module
     bn3: nn.Module
     act3: nn.Module
+    se: nn.Module | None
+    drop_path: nn.Module | None
     downsample: nn.Module | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(self.conv1, self.bn1, x, self.act1)
+    def narrow(self, x: Tensor) -> Tensor:
+        return conv_norm_act(self.conv1, self.bn1, x, self.act1)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         y = conv_norm_act(self.conv2, self.bn2, y, self.act2, drop=self.drop_block)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _end(self.conv3, self.bn3, self.aa(y), self.act3, shortcut, self)
+        return self.aa(y), shortcut
+
+    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
+        return _end(self.conv3, self.bn3, y, self.act3, shortcut, self)
+
+    def narrow_end(self) -> End | None:
+        return end_of(self.conv1, self.bn1, self.act1)
+
+    def widen_end(self) -> End | None:
+        if self.se is not None:
+            return None
+        return end_of(self.conv3, self.bn3, self.act3, self.drop_path)
 
 
 def _in_pairs(modules: Iterable[nn.Module], x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ..nn import (
     run_into_pool,
 )
 from ..nn._act import has_hooks
+from ..nn.back_to_back import End, InParts, end_of
 from ..nn.fused import is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
@@ -53,7 +54,7 @@ class _BasicBlock:
 
 
 @accelerates("torchvision.models.resnet.Bottleneck", forward="64f3768ca1e8")
-class _Bottleneck:
+class _Bottleneck(InParts):
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
@@ -68,10 +69,20 @@ class _Bottleneck:
     def last_unit(self) -> Unit:
         return Unit(self.conv3, self.bn3, self.relu)
 
-    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
-        y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
+    def narrow_end(self) -> End | None:
+        return end_of(self.conv1, self.bn1, self.relu)
+
+    def widen_end(self) -> End | None:
+        return end_of(*self.last_unit())
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return conv_norm_act(self.conv1, self.bn1, x, self.relu)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         y = conv_norm_act(self.conv2, self.bn2, y, self.relu)
-        shortcut = x if self.downsample is None else self.downsample(x)
+        return y, x if self.downsample is None else self.downsample(x)
+
+    def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
         return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, pool)
 
 
@@ -132,11 +143,34 @@ class _Conv2dNormActivation(nn.Sequential):
 
 
 @accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="1f053948ac54")
-class _ResBottleneckBlock:
+class _ResBottleneckBlock(InParts):
     INPUT_READERS: ClassVar[InputReaders] = ("f", "a", "0")
     proj: nn.Module | None
     f: nn.Sequential
     activation: nn.Module
+
+    def narrow_end(self) -> End | None:
+        first: Any = self.f[0]
+        watched = has_hooks(self.f) or has_hooks(first)
+        return None if watched or not hasattr(first, "unit") else end_of(*first.unit())
+
+    def widen_end(self) -> End | None:
+        last: Any = self.f[-1]
+        is_plain = len(self.f) == 3 and len(last) == 2  # without an excitation
+        if not is_plain or has_hooks(self.f) or has_hooks(last):
+            return None
+        conv, norm = last
+        return end_of(conv, norm, self.activation)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return self.f[0](x)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f[1](y), x if self.proj is None else self.proj(x)
+
+    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
+        conv, norm = self.f[-1]  # pyright: ignore
+        return conv_norm_act(conv, norm, y, self.activation, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         *others, last = self.f

@@ -16,6 +16,7 @@ from ..kernels import backend
 from ..nn import ConvNormActs, ConvNorms, FusedConv2d, FusedLinear, MlpNames
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
+from ..nn.back_to_back import BackToBack, has_neighbours
 from ..nn.conv_same import Conv2dSame
 from ..nn.cuda_graph import CudaGraphs
 from ..nn.fused import Folded, FoldedAct, FusedConv2dSame, epilogue
@@ -90,7 +91,7 @@ def fuse(
     for module in list(fused.modules()):
         _fuse_act(module, users)
         if passes_on(module):
-            module.__class__ = FusedBlocks
+            module.__class__ = BackToBack if has_neighbours(module) else FusedBlocks
     if image is not None:
         fold_image(_find_image_conv(fused, len(image[0])), *image)
     return CudaGraphs(fused) if cuda_graph else fused

@@ -8,6 +8,7 @@ from .batch_norm_act import batch_norm_act
 from .batch_norm_act_pool import batch_norm_act_pool
 from .conv2d_act import conv2d_act
 from .conv2d_act_pool import conv2d_act_pool
+from .conv2d_b2b import conv2d_b2b
 from .drop_path_add import drop_path_add
 from .global_avg_pool import global_avg_pool
 from .global_response_norm import global_response_norm
@@ -24,6 +25,7 @@ __all__ = [
     "batch_norm_act_pool",
     "conv2d_act",
     "conv2d_act_pool",
+    "conv2d_b2b",
     "current_backend",
     "drop_path_add",
     "global_avg_pool",

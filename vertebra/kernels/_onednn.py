@@ -54,14 +54,13 @@ _last: dict[int, torch.Size] = {}  # the image that a parameter last met, if not
 
 def refuses(a: Arguments) -> str | None:
     """Return why oneDNN does not take a call."""
+    if (reason := refuses_map(a.x)) is not None:
+        return reason
     if a.scale is not None:
         return "a scale (fold it into weight)"
     if a.act not in _ACTIVATIONS:
         return f"act {a.act} (not one of oneDNN's)"
-    reason = refuses_map(a.x)
-    if reason is None and not is_plain(a):
-        return "something traces, transforms or wraps the call"
-    return reason
+    return None if is_plain(a) else "something traces, transforms or wraps the call"
 
 
 def refuses_map(x: Tensor) -> str | None:

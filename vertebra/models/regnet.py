@@ -34,7 +34,8 @@ from ..nn import (
     excited,
     norm_act,
 )
-from ..nn._act import has_hooks
+from ..nn._act import fusible_act, has_hooks
+from ..nn.back_to_back import End, InParts, end_of
 from ._features import feature
 from ._network import Network
 from ._param_groups import Matcher
@@ -157,7 +158,7 @@ class _Block(nn.Module):
         return x if self.adds else None
 
 
-class ResBottleneckBlock(_Block):
+class ResBottleneckBlock(InParts, _Block):
     """`act(drop_path(f(x)) + proj(x))`, where f is a `BottleneckTransform`.
 
     The add and the activation are part of f's last op, unless stochastic depth comes before them.
@@ -183,6 +184,27 @@ class ResBottleneckBlock(_Block):
         """Return what this ends in, if it is a convolution and what follows that."""
         watched = has_hooks(self.f) or has_hooks(self.f.c) or has_hooks(self.activation)
         return None if watched or self.drop_path is not None else self.f.c.unit()
+
+    def narrow_end(self) -> End | None:
+        watched = has_hooks(self.f) or has_hooks(self.f.a)
+        return None if watched else end_of(*self.f.a.unit())
+
+    def widen_end(self) -> End | None:
+        if self.training or self.f.se is not None or has_hooks(self.f) or has_hooks(self.f.c):
+            return None
+        end, act = end_of(*self.f.c.unit()), fusible_act(self.activation)
+        if end is None or act is None or "none" not in (act, end.act):
+            return None
+        return end if act == "none" else End(end.conv, act)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return self.f.a(x)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.f.b(y), self.shortcut(x)
+
+    def widen(self, y: Tensor, shortcut: Tensor | None) -> Tensor:
+        return self.activation(self.f.c(y, shortcut))
 
     def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         shortcut = self.shortcut(x)

@@ -36,6 +36,7 @@ from ..nn import (
     create_conv2d,
     create_norm_act,
 )
+from ..nn.back_to_back import End, InParts, end_of
 from ._features import feature
 from ._network import Network
 from ._param_groups import Matcher
@@ -113,7 +114,7 @@ class BasicBlock(nn.Module):
         return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, pool, self.drop_path)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(InParts, nn.Module):
     """`BasicBlock` of a narrowing 1x1, a 3x3 with stride and groups, and a widening 1x1.
 
     DropBlock and what takes over the stride follow the 3x3.
@@ -164,11 +165,22 @@ class Bottleneck(nn.Module):
             return None
         return Unit(self.conv3, self.bn3, self.relu, self.drop_path)
 
-    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
-        y = conv_norm_act(self.conv1, self.bn1, x, self.relu)
+    def narrow_end(self) -> End | None:
+        return end_of(self.conv1, self.bn1, self.relu)
+
+    def widen_end(self) -> End | None:
+        unit = self.last_unit()
+        return None if unit is None else end_of(*unit)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return conv_norm_act(self.conv1, self.bn1, x, self.relu)
+
+    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         y = conv_norm_act(self.conv2, self.bn2, y, self.relu, drop=self.drop_block)
         y = y if self.aa is None else self.aa(y)
-        shortcut = x if self.downsample is None else self.downsample(x)
+        return y, x if self.downsample is None else self.downsample(x)
+
+    def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
         if self.se is not None:
             y = conv_norm_act(self.conv3, self.bn3, y)
             return attn_act(self.se, y, self.relu, shortcut, self.drop_path)

@@ -72,7 +72,9 @@ def excited(
     before, behind = _unit(first), _unit(last)
     if layers is None or before is None or behind is None:
         return None
-    behind = behind._replace(act=act or behind.act, drop=drop or behind.drop)
+    behind = behind._replace(
+        act=behind.act if act is None else act, drop=behind.drop if drop is None else drop
+    )
     ends = _end(before), _end(behind)
     functions = fusible_act(layers.act), fusible_gate(layers.gate)
     fcs: list[Any] = [layers.fc1, layers.fc2]

@@ -82,7 +82,7 @@ class Build(NamedTuple):
     @property
     def row(self) -> tuple[str, str, str]:
         """Kernel, layout and dtype: the row of the table it belongs to."""
-        tensors = [*_tensors(self.launch).values(), *descriptors(self.launch.arguments)]
+        tensors = [*descriptors(self.launch.arguments), *_tensors(self.launch).values()]
         first = next((t for t in tensors if t.dim() == 4), tensors[0])
         layout = contiguity(first)[0] if first.dim() == 4 else ""
         layout = self.launch.arguments.get("VIEW", layout)  # how boxes count pixels, if they do

@@ -51,7 +51,7 @@ def launches(case: Case, wanted: tuple[str, ...]) -> Launches:
             result = call.op.triton(*call.args)
             y = result if isinstance(result, Tensor) else result[0]
         with captured() as backward:
-            if y.requires_grad:
+            if isinstance(y, Tensor) and y.requires_grad:
                 y.backward(inputs["dy"])
     return Launches(call, _detached(forward), _detached(backward))
 

@@ -7,7 +7,8 @@ pixel: the sum is shorter, its runs longer. What is 1x1 at stride 1 by then and 
 and viewed as one row of pixels.
 """
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -87,6 +88,21 @@ def block(extent: int, largest: int) -> int:
 def covered(extent: int, size: int) -> int:
     """Return how much blocks of `size` take to cover `extent`."""
     return -(-extent // size) * size
+
+
+def written(config: Any) -> str:
+    """Return a configuration as text: its blocks, warps and stages, as in 128x64:w8:s2."""
+    *blocks, num_warps, num_stages = config
+    return f"{'x'.join(map(str, blocks))}:w{num_warps}:s{num_stages}"
+
+
+def parsed(kind: Any, text: str) -> Any:
+    """Return the configuration of a `kind` that a text names, None if it names none."""
+    match = re.fullmatch(r"(\d+(?:x\d+)*):w(\d+):s(\d+)", text)
+    if match is None:
+        return None
+    values = [*map(int, match[1].split("x")), int(match[2]), int(match[3])]
+    return kind(*values) if len(values) == len(kind._fields) else None
 
 
 def simplest(site: Site) -> Site:

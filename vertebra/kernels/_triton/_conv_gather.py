@@ -112,6 +112,9 @@ def refuses(site: Site, precision: str, device: Device, config: Config) -> str |
     """Return why a configuration does not serve a convolution."""
     if config.bundle > 1 and config.bundle * site.channels > config.BLOCK_C:
         return f"a bundle of {config.bundle} groups of {site.channels} channels in {config.BLOCK_C}"
+    sums = config.BLOCK_M * config.BLOCK_K
+    if site.gate is not None and precision == "ieee" and sums > 64 * 64:
+        return f"a gate beside {sums} sums of fp32, which spill"
     if site.shares is not None and config.BLOCK_M % site.run:
         return f"tiles of {config.BLOCK_M} pixels have no runs of {site.run}"
     return None

@@ -5,11 +5,10 @@ A configuration is written as `gather:128x64x64x1:w4:s3`: the kernel, its blocks
 takes the call does.
 """
 
-import re
 from typing import Any
 
 from . import _conv_gather, _conv_tiles
-from ._conv import Affine, Site, simplest
+from ._conv import Affine, Site, parsed, simplest, written
 from ._device import facts
 
 
@@ -42,7 +41,7 @@ def configurations(site: Site, precision: str) -> list[str]:
     """Return the configurations worth measuring for a convolution, the analytic ones first."""
     site, device = simplest(site), facts(site.x.device)
     found = [
-        (index, f"{name}:{_written(config)}")
+        (index, f"{name}:{written(config)}")
         for name, kernel in _kernels().items()
         for index, config in enumerate(kernel.configs(site, precision, device))
         if kernel.refuses(site, precision, device, config) is None
@@ -62,17 +61,10 @@ def _read(site: Site, precision: str, configuration: str) -> tuple[Any, Any]:
     kernel = _kernels().get(name)
     if kernel is not None and not rest:
         return kernel, kernel.pick(site, precision, device)
-    match = re.fullmatch(r"(\d+(?:x\d+)*):w(\d+):s(\d+)", rest)
-    if match is not None and kernel is not None:
-        values = [*map(int, match[1].split("x")), int(match[2]), int(match[3])]
-        if len(values) == len(kernel.Config._fields):
-            return kernel, kernel.Config(*values)
+    config = None if kernel is None else parsed(kernel.Config, rest)
+    if config is not None:
+        return kernel, config
     raise ValueError(
         f"{configuration!r} is no configuration; give {' or '.join(_kernels())}, its "
         "blocks, warps and stages, as in gather:128x64x64x1:w4:s3"
     )
-
-
-def _written(config: Any) -> str:
-    *blocks, num_warps, num_stages = config
-    return f"{'x'.join(map(str, blocks))}:w{num_warps}:s{num_stages}"

@@ -114,6 +114,9 @@ def refuses(site: Site, precision: str, device: Device, config: Config) -> str |
         return "x is not dense along its rows"
     if site.gate is not None and _view(site) != "pixels":
         return f"a gate at stride {site.stride}"
+    pixels = math.prod(config[:3])
+    if site.gate is not None and config.BLOCK_K * pixels > 64 * 32 * config.num_warps:
+        return f"a gate beside {config.BLOCK_K}x{pixels} sums, which spill"
     if site.shares is not None and not _has_runs(site, (config.BOX_P, config.BOX_Q)):
         return f"boxes of {config.BOX_P}x{config.BOX_Q} pixels are no runs of {site.run}"
     return None

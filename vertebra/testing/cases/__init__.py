@@ -10,6 +10,7 @@ from . import (
     batch_norm_act_pool,
     conv2d_act,
     conv2d_act_pool,
+    conv2d_b2b,
     drop_path_add,
     global_avg_pool,
     global_response_norm,
@@ -32,6 +33,7 @@ SUBJECTS.update(
         "batch_norm_act_pool": batch_norm_act_pool.SUBJECT,
         "conv2d_act": conv2d_act.SUBJECT,
         "conv2d_act_pool": conv2d_act_pool.SUBJECT,
+        "conv2d_b2b": conv2d_b2b.SUBJECT,
         "squeeze_gate": squeeze_gate.SUBJECT,
     }
 )

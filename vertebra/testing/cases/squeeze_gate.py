@@ -59,8 +59,8 @@ def _declare() -> Iterator[Case]:
     yield from tagged("compile", iter([replace(base, shape=(2, 24, 5, 6))]))
     yield from tagged("aot", _gate(base))
     for layout in ("nhwc", "nchw"):
-        real = replace(base, shape=(256, 512, 14, 14), layout=layout, options=("r=128", *FULL))
-        yield from tagged("bench", iter([real]))
+        real = replace(base, shape=(256, 512, 14, 14), dtype=torch.bfloat16, layout=layout)
+        yield from tagged("bench", iter([replace(real, options=("r=128", *FULL))]))
 
 
 def _tests(base: Case) -> Iterator[Case]:
