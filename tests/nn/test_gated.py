@@ -92,6 +92,16 @@ def test_networks(name: str, device) -> None:
     assert_right(model, found, x)
 
 
+def test_a_mean_of_many_parts(device) -> None:
+    """The last map has 90 pixels, and so two shares."""
+    model = regnet(layer_type="x").to(device)
+    x = torch.randn(2, 3, 80, 72, device=device)
+    x[..., :32, :] *= 4  # parts are not alike
+    found, seen = passes(fuse(model), x, "triton")
+    assert seen == {"conv2d_act_pool": 1}
+    assert_right(model, found, x)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("name", PEERS)
 def test_networks_of_peers(name: str, device, request) -> None:

@@ -59,7 +59,13 @@ def table_of(device: torch.device) -> Path:
 def convolutions(model: nn.Module, x: Tensor) -> list[Place]:
     """Return the convolutions that `model(x)` runs as `conv2d_act`, each site once."""
     found: list[Arguments] = []
-    with torch.no_grad(), observe(lambda c: found.append(_shapes(c.args)) if c.op is op else None):
+    # in which no convolution runs as part of another op, as a table may have it
+    plain = backend("eager")
+    with (
+        plain,
+        torch.no_grad(),
+        observe(lambda c: found.append(_shapes(c.args)) if c.op is op else None),
+    ):
         model(x)
     counts = Counter(map(site, found))
     first = {site(a): a for a in reversed(found)}

@@ -272,7 +272,7 @@ def default_for(x: Tensor) -> str:
     """Return the candidate for convolutions of x where nothing is measured."""
     if x.is_cuda:
         return "cudnn"
-    return "triton" if has_kernels(x) else "onednn"
+    return "onednn" if x.is_cpu and not has_kernels(x) else "triton"
 
 
 def _choose(*args: Any) -> Choice:

@@ -84,6 +84,9 @@ def _declare() -> Iterator[Case]:
     yield from tagged("aot", _gate(base))
     yield from tagged("traffic", _traffic(base))
     yield from tagged("bench", _real(base))
+    (C, HW), options = RESNET50[0]
+    first_as_given = replace(base, shape=(256, C, HW, HW), dtype=torch.bfloat16, layout="nchw")
+    yield from tagged("bench", iter([replace(first_as_given, options=options)]))
 
 
 def _tests(base: Case) -> Iterator[Case]:
