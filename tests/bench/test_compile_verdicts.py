@@ -142,6 +142,14 @@ def everything() -> Report:
     )
 
 
+@pytest.mark.parametrize("aspect", ["graphs", "starts", "steady", "shapes"])
+def test_what_ctrl_c_cut_off_says_so(aspect: str, capsys) -> None:
+    from rich.console import Console
+
+    tables.show(report(comparison(aspect, [row("compile")])), Console(width=200))
+    assert ("not timed" if aspect == "steady" else "cut off") in capsys.readouterr().out
+
+
 def test_all_is_shown_and_written(tmp_path, capsys) -> None:
     from rich.console import Console
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("typer")
 
+from vertebra._cli._reference import parts
 from vertebra.bench import traffic
 from vertebra.bench.ceilings import Ceilings
 from vertebra.bench.pages import figures, marks, site
@@ -28,8 +30,12 @@ LINES = [traffic.Line("relu", "", traffic.Maps(2, 3), traffic.Maps(4, 3))]
 @pytest.mark.parity
 def test_every_page_is_in_step(torchvision: Any, timm: Any, transformers: Any) -> None:
     """Else: `python -m vertebra report`."""
+    from typer.main import get_command
+
+    from vertebra.__main__ import app
+
     sources = Sources(ROOT)
-    assert list(site.out_of_step(ROOT, sources)) == []
+    assert list(site.out_of_step(ROOT, sources, parts(get_command(app)))) == []
     assert all(versions for *_, versions in sources.drop_in)
 
 

@@ -48,6 +48,16 @@ def test_another_schema_is_refused(tmp_path) -> None:
         Report.load(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["words", "[1]", "{}", '{"schema": 1}', '{"schema": 1, "comparisons": [{"rows": [1]}]}']
+)
+def test_what_is_no_report_is_refused(text: str, tmp_path) -> None:
+    path = tmp_path / "main.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"main\.json must hold what a benchmark found"):
+        Report.load(path)
+
+
 def test_speedup_is_over_the_fastest_peer_of_the_same_round() -> None:
     ours = row("ours", [1.0, 4.0, 4.0], peer=False)
     comparison = Comparison("c", [*report().comparisons[0].rows, ours])

@@ -8,6 +8,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
+from vertebra.bench import report
 from vertebra.bench.results import Comparison, Report, Row
 from vertebra.bench.session import Session, Task
 from vertebra.bench.settings import Settings
@@ -68,6 +72,22 @@ def test_a_run_of_another_kind_is_not_taken_up(tmp_path) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"environment": {**content["environment"], "torch": "1"}}))
     assert names(opened(path, resume=True).report) == []
+
+
+def test_nor_is_one_of_another_command_which_stays_as_it_was(tmp_path) -> None:
+    path = tmp_path / "k.json"
+    opened(path).run([task("a")])
+    before = path.read_text()
+    with pytest.raises(ValueError, match="holds a run of 'kernels', which one of 'models' does"):
+        Session.open("models", SETTINGS, path, resume=True)
+    assert path.read_text() == before
+
+
+def test_what_was_cut_off_before_it_began_has_no_table(tmp_path, capsys) -> None:
+    session = opened(tmp_path / "k.json")
+    session.begin(Comparison("a", [], facts={"dtype": "fp32"}))
+    report.show(session.report, Console(width=80))
+    assert "provider" not in capsys.readouterr().out
 
 
 def test_what_is_of_another_commit_but_the_same_source_is(tmp_path) -> None:

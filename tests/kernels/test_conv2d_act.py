@@ -99,6 +99,19 @@ def test_what_our_kernels_refuse(changes, words, device) -> None:
     )
 
 
+@pytest.mark.parametrize(("channels", "refused"), [(8, True), (24, True), (16, False), (48, False)])
+def test_a_product_takes_16_channels_of_a_window(channels: int, refused: bool) -> None:
+    """Triton does not compile one of fewer, which the interpreter would run."""
+    from vertebra.kernels._triton._conv import Site
+    from vertebra.kernels._triton._conv_kernels import configurations
+
+    shapes = ((1, 64, 4, 4), (1, channels, 4, 4), (64, channels, 3, 3))
+    maps = (torch.empty(s, device="meta", memory_format=CL) for s in shapes)
+    found = configurations(Site(*maps, None, (1, 1), (1, 1), (1, 1), 1), "tf32")
+    assert found
+    assert all(name.startswith("gather") for name in found) == refused
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
 def test_the_interpreter_does_not_multiply_bf16() -> None:
     x, weight = X.bfloat16(), WEIGHT.bfloat16()
@@ -127,8 +140,8 @@ def test_empty_batch(device) -> None:
 
 def test_nan_passes_through_relu(device) -> None:
     """It reaches the windows that have it, and no others."""
-    x, weight = X.to(device).clone(), torch.randn(12, 8, 3, 3, device=device)
-    weight = weight.to(memory_format=CL)
+    x, weight = (torch.randn(n, 16, *s, device=device) for n, s in ((2, (6, 5)), (12, (3, 3))))
+    x, weight = x.to(memory_format=CL), weight.to(memory_format=CL)
     x[1, 2, 3, 4] = float("nan")
     for name in ("triton:tiles", "triton:gather"):
         y = module.op(x, weight, *[None] * 3, *[(1, 1)] * 3, 1, "relu", "tf32", name)

@@ -33,6 +33,7 @@ class Commands(TyperGroup):
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "vertebra"
             text = " ".join(message().removeprefix("Invalid value: ").split())
+            text = text.replace("Value error, ", "")
             sys.stderr.write(f"{command}: {text}\n")
             sys.exit(getattr(error, "exit_code", 2))
         sys.exit(code if isinstance(code, int) else 0)

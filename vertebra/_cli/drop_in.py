@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..bench.cli import console
+from ..bench.cli import console, log
 
 
 def drop_in(
@@ -19,6 +19,7 @@ def drop_in(
     from ..bench.drop_in import show
 
     try:
-        show(console(140), versions)
+        with log().status("builds a model of each"):
+            show(console(140), versions)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -51,18 +51,23 @@ class Model(NamedTuple):
 
 
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="Of the names, as in a shell: 'resnet*d'.")] = "*",
-    family: Annotated[Family | None, typer.Option(help="Only this one.")] = None,
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="Of the names, as in a shell: 'resnet*d'.")
+    ] = "*",
+    family: Annotated[Family | None, typer.Option(help="Only resnet, regnet or convnext.")] = None,
     weights: Annotated[
         bool, typer.Option("--weights", help="Only models with weights to download by name.")
     ] = False,
-    sort: Annotated[Order, typer.Option(help="The largest last.")] = Order.NAME,
+    sort: Annotated[
+        Order, typer.Option(help="By name, params or macs, the largest last.")
+    ] = Order.NAME,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the models: a table in a terminal, a name a line in a pipe.
 
     The names are what `vertebra.create_model` and `vertebra predict --model` take.
     """
+    from ..bench.report import print_table
     from ..models import list_models
     from ..models._registry import family_of
 
@@ -83,7 +88,7 @@ def list_models(
     if json:
         typer.echo(json_.dumps([model._asdict() for model in models], indent=1))
     elif out.is_terminal:
-        out.print(_table(models))
+        print_table(out, overview(models), "family", "weights", "pixels")
     else:
         typer.echo("\n".join(model.name for model in models))
 
@@ -114,7 +119,8 @@ def describe(name: str) -> Model:
 # -------------------------------------------------------------------------------- the output
 
 
-def _table(models: Sequence[Model]) -> Table:
+def overview(models: Sequence[Model]) -> Table:
+    """Return a table of models."""
     from ..bench.report import plain_table
 
     table = plain_table(f"{len(models)} models", "name")

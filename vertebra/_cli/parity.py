@@ -8,16 +8,19 @@ from typing import Annotated
 import typer
 
 from ..bench.cli import console
+from ._app import refusing
 
 
 def parity(
-    pattern: Annotated[str, typer.Argument(help="Shell pattern of model names.")] = "*",
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Of model names.")] = "*",
     peers: Annotated[str, typer.Option(help="Comma-separated.")] = "torchvision,timm,transformers",
     sizes: Annotated[str, typer.Option(help="Pixels per side, comma-separated.")] = "224,97",
     json: Annotated[Path | None, typer.Option(help="Also write what was found there.")] = None,
 ) -> None:
     """Compare models with their peers: parameters, keys, outputs, gradients. All take long."""
+    from ..bench import outputs
     from ..bench.parity import BUILDERS, run
+    from ..models import list_models
 
     of = peers.split(",")
     if unknown := [peer for peer in of if peer not in BUILDERS]:
@@ -28,4 +31,10 @@ def parity(
         raise typer.BadParameter(
             f"sizes are numbers of pixels, like 224,97; got {sizes!r}"
         ) from None
+    if min(pixels) < 32:
+        raise typer.BadParameter(f"sizes must be at least 32; got {sizes!r}")
+    with refusing():
+        outputs.check(json)
+        if not list_models(pattern):
+            raise ValueError(f"no model's name is like {pattern!r}; `vertebra list` has all")
     raise typer.Exit(int(not run(pattern, of, pixels, console(120), json)))

@@ -67,7 +67,9 @@ def predict(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and images.")] = Dtype.FP32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of weights and images: fp32, bf16, fp16.")
+    ] = Dtype.FP32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in photographs: the likeliest classes, with their probabilities.

@@ -13,13 +13,16 @@ from ..bench.cli import (
     Dtype,
     Filter,
     ImageSize,
+    Json,
     Minutes,
     Patience,
     Resume,
+    Rounds,
     Tiny,
     console,
     leave,
     numbers,
+    say_written,
     usage_error,
 )
 
@@ -27,31 +30,31 @@ from ..bench.cli import (
 def tune(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="Of `vertebra list`; other libraries' are alike."),
+        typer.Argument(metavar="MODEL", help="Of `vertebra list`; other libraries' run the same."),
     ],
     batch: Batch = None,
     dtype: Dtype = None,
     image_size: ImageSize = None,
     device: Device = None,
     filter: Filter = "",
-    rounds: Annotated[int, typer.Option(help="Samples per candidate.")] = 10,
+    rounds: Rounds = None,
     tiny: Tiny = False,
     minutes: Minutes = None,
     patience: Patience = None,
-    json: Annotated[Path, typer.Option(help="Where all times are kept as they come.")] = Path(
-        "bench/out/tune.json"
-    ),
+    json: Json = None,
     resume: Resume = False,
 ) -> None:
     """Measure what may run each convolution of a model after `vertebra.fuse`, and keep the fastest.
 
-    The table is the user's, beside PyTorch's caches (TORCH_HOME moves it), one file per device; it
-    grows with every run, and `fuse` heeds it from the next process on. A batch that was not
-    measured takes the nearest.
+    The table lies beside PyTorch's caches (TORCH_HOME moves it), one file per device.
+
+    It grows with every run; `fuse` heeds it from the next process on.
+
+    A batch that was not measured takes the nearest.
     """
     import torch
 
-    from ..bench import tune
+    from ..bench import outputs, tune
     from ..bench.session import Session
     from ..bench.settings import Settings
 
@@ -61,7 +64,7 @@ def tune(
             dtype=dtype,
             batches=numbers(batch),
             image_size=image_size,
-            rounds=2 if tiny else rounds,
+            rounds=rounds,
             match=filter,
             minutes=minutes,
             first_answer_s=patience,
@@ -70,13 +73,14 @@ def tune(
         found = tune.places(names, settings)
         if not found:
             raise ValueError(f"filter: no convolution is called so; got {filter!r}")
-        session = Session.open("tune", settings, json, resume=resume)
+        path, table = json or Path("bench/out/tune.json"), None
+        if not tiny:  # which is a trial
+            table = tune.table_of(torch.device(settings.device))
+            outputs.check(table)
+        session = Session.open("tune", settings, path, resume=resume)
     except ValueError as error:
         raise usage_error(error) from None
     report = session.run(tune.tasks(found, settings))
     tune.show(report, console())
-    written = [str(json)]
-    if not tiny:  # which is a trial
-        written.insert(0, str(tune.table_of(torch.device(settings.device))))
-    console().print(f"written: {', '.join(written)}", highlight=False)
+    say_written([path] if table is None or not table.exists() else [table, path])
     leave(report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,11 @@ def kernels(report: Report, path: Path) -> None:
     figure, axes = new_figure(report, [3.2] * len(by_op))
     for axis, (title, group) in zip(axes, by_op.items(), strict=True):
         _points(axis, group)
-        if report.ceilings is not None:
-            axis.axhline(report.ceilings.copy_bytes_per_s / 1e9, color="black", linestyle=":")
-            axis.annotate("copy", (0, report.ceilings.copy_bytes_per_s / 1e9), va="bottom")
+        copy = 0.0 if report.ceilings is None else report.ceilings.copy_bytes_per_s / 1e9
+        if 0 < copy < 10 * axis.get_ylim()[1]:  # or all there is would lie on the floor
+            axis.axhline(copy, color="black", linestyle=":")
+            axis.annotate("copy", (0, copy), va="bottom")
+        axis.set_ylim(bottom=0)
         axis.set_title(title, loc="left")
     save(figure, path)
 
@@ -89,11 +90,15 @@ def _bars(axis: Any, comparison: Comparison) -> None:
 
 def _curves(axis: Any, group: Sequence[Comparison], label: str) -> None:
     for name, found in _by_provider(group).items():
-        batches = [comparison.facts["batch"] for comparison, _ in found]
-        axis.plot(batches, [rates(*pair)["img/s"] for pair in found], label=name)
-    _style(axis)
+        at = [comparison.facts["batch"] for comparison, _ in found]
+        _line(axis, at, [rates(*pair)["img/s"] for pair in found], name, found[0][1].peer, "-")
+    _legend(axis)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    batches = [comparison.facts["batch"] for comparison in group]
+    axis.set_xticks(batches, [str(batch) for batch in batches])
+    axis.yaxis.set_major_formatter("{x:,.4g}")
+    axis.yaxis.set_minor_formatter("{x:,.4g}")
     axis.set_xlabel(label)
     axis.set_ylabel("img/s")
     axis.set_title(group[0].name.partition(",")[0], loc="left")
@@ -103,12 +108,11 @@ def _points(axis: Any, group: Sequence[Comparison]) -> None:
     places = {comparison.name: i for i, comparison in enumerate(group)}
     for name, found in _by_provider(group).items():
         at = [places[comparison.name] for comparison, _ in found]
-        axis.plot(at, [rates(*pair)["GB/s"] for pair in found], label=name, linestyle="")
-    _style(axis)
+        _line(axis, at, [rates(*pair)["GB/s"] for pair in found], name, found[0][1].peer, "")
+    _legend(axis)
     labels = ["x".join(map(str, c.facts["shape"])) + f" {c.facts['layout']}" for c in group]
     axis.set_xticks(range(len(group)), labels, rotation=60, ha="right", fontsize="x-small")
     axis.set_ylabel("GB/s")
-    axis.set_ylim(bottom=0)
 
 
 def _by_provider(group: Sequence[Comparison]) -> dict[str, list[tuple[Comparison, Row]]]:
@@ -119,8 +123,16 @@ def _by_provider(group: Sequence[Comparison]) -> dict[str, list[tuple[Comparison
     return found
 
 
-def _style(axis: Any) -> None:
-    """Tell the lines of an axis apart, ours by their colour, and name them."""
-    for line, marker in zip(axis.lines, itertools.cycle(_MARKERS)):
-        line.set(marker=marker, color=_OURS if line.get_label().startswith("vertebra") else _PEERS)
-    axis.legend(fontsize="small", ncols=3)
+def _line(
+    axis: Any, at: Sequence[float], values: Sequence[float], name: str, peer: bool, style: str
+) -> None:
+    """Draw what one provider does: its marker tells it apart, its colour whose it is."""
+    marker = _MARKERS[len(axis.lines) % len(_MARKERS)]
+    color = _PEERS if peer else _OURS
+    axis.plot(at, values, label=name, linestyle=style, marker=marker, color=color)
+
+
+def _legend(axis: Any) -> None:
+    """Name the lines of an axis, above it, where none is in the way."""
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    axis.legend(fontsize="small", ncols=min(5, len(axis.lines)), frameon=False, **place)

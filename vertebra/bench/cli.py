@@ -6,7 +6,7 @@ Heavy modules are imported by the command that needs them, so that `--help` is q
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -132,6 +132,7 @@ def main_job(
     """
     if context.invoked_subcommand is not None:
         return
+    from . import charts
     from . import main_job as job
 
     try:
@@ -145,16 +146,19 @@ def main_job(
             seed=seed,
             quick=quick,
         )
-        report = job.run(model, settings, out, console(120))
+        report = job.run(model, settings, out / "main.json", console(120))
     except (ValueError, KeyError) as error:
         raise usage_error(error) from None
+    write(report, out / "main.json", {out / "main.png": charts.models})
     leave(report)
 
 
 @bench.command()
 def kernels(
     context: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(metavar="OP", help="(all)")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="OP", help="A wrong one lists them (all).")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     batch: Batch = None,
@@ -265,7 +269,7 @@ def _measure(
     tasks: Callable[[Sequence[str], Settings], list[Task]],
 ) -> None:
     """Run what the options of a command ask for, show it and write it, and leave."""
-    from . import charts, report, tables
+    from . import charts, outputs, report, tables
     from .session import Session
 
     try:
@@ -274,27 +278,22 @@ def _measure(
         if not todo:
             raise ValueError(f"filter: nothing is called so; got {settings.match!r}")
         path = options["json"] or Path(f"bench/out/{kind}.json")
+        outputs.check(options["csv"])
+        outputs.check_chart(options["plot"])
         session = Session.open(kind, settings, path, resume=options["resume"])
     except ValueError as error:
         raise usage_error(error) from None
     found = session.run(todo)
     show = report.show_kernels if kind == "kernels" else report.show
     show(found, console())
-    written = [path]
-    if options["csv"] is not None:
-        tables.write(found, options["csv"])
-        written.append(options["csv"])
-    if options["plot"] is not None:
-        chart = charts.kernels if kind == "kernels" else charts.models
-        chart(found, options["plot"])
-        written.append(options["plot"])
-    console().print(f"written: {', '.join(map(str, written))}", highlight=False)
+    chart = charts.kernels if kind == "kernels" else charts.models
+    write(found, path, {options["csv"]: tables.write, options["plot"]: chart})
     leave(found)
 
 
 def _floors(kind: str, options: dict[str, Any]) -> None:
     """Show rooflines, with the rates of this machine or of another."""
-    from . import floors
+    from . import floors, outputs
     from .models import chosen
 
     def given(name: str, unit: float) -> float | None:
@@ -313,6 +312,8 @@ def _floors(kind: str, options: dict[str, Any]) -> None:
         }
     try:
         settings = _settings(kind, options, ())
+        outputs.check(options["json"])
+        outputs.check_chart(options["plot"])
         finished = floors.run(
             chosen(options["names"] or [], settings),
             settings,
@@ -333,7 +334,8 @@ def _floors(kind: str, options: dict[str, Any]) -> None:
 @bench.command("compile")
 def compiling(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Any of `vertebra list` (some of each family).")
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Of `vertebra list` (some of each family)."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -370,6 +372,7 @@ def compiling(
 
     The peer's model, ours, and the peer's on our ops, each eager and compiled.
     """
+    from . import outputs
     from .compile import charts, tables
     from .compile.plan import Plan
     from .compile.tasks import notes, tasks
@@ -398,6 +401,8 @@ def compiling(
         )
         todo = tasks(names or [], plan)
         path = json or Path("bench/out/compile.json")
+        outputs.check(csv)
+        outputs.check_chart(plot)
         session = Session.open("compile", plan, path, resume=resume)
     except ValueError as error:
         raise usage_error(error) from None
@@ -405,12 +410,29 @@ def compiling(
     found.notes = list(notes(found))
     session.save()
     tables.show(found, console(160))
-    for target, write in ((csv, tables.write), (plot, charts.draw)):
-        if target is not None:
-            write(found, target)
-    written = ", ".join(str(target) for target in (path, csv, plot) if target is not None)
-    console().print(f"written: {written}", highlight=False)
+    write(found, path, {csv: tables.write, plot: charts.draw})
     leave(found)
+
+
+def write(
+    report: Report, path: Path, more: Mapping[Path | None, Callable[[Report, Path], None]]
+) -> None:
+    """Write what else was asked for beside the JSON in `path`, and say where all of it is."""
+    from . import outputs
+
+    written = [path]
+    for target, how in more.items():
+        if why_not := outputs.write(report, target, how):
+            log().print(why_not, markup=False, highlight=False)
+        elif target is not None:
+            written.append(target)
+    say_written(written)
+
+
+def say_written(paths: Iterable[Path]) -> None:
+    """Say which files there are now, in one line that can be copied."""
+    text = f"written: {', '.join(map(str, paths))}"
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def leave(report: Report) -> NoReturn:
@@ -448,12 +470,15 @@ def overhead(
     json: Annotated[Path | None, typer.Option(help="Also write what was measured there.")] = None,
 ) -> None:
     """Time what a call of each op costs the host, with a GPU or without."""
-    from . import overhead
+    from . import outputs, overhead
 
     try:
+        outputs.check(json)
         report = overhead.measure(rounds, say=log().print)
     except ValueError as error:
         raise usage_error(error) from None
     overhead.show(report, console(100))
     if json is not None:
         report.save(json)
+        say_written([json])
+    leave(report)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from .._explain import explain
@@ -128,7 +128,12 @@ def _seen(library: str) -> defaultdict[tuple[str, bool], set[str]]:
 
 def lines(versions: Path) -> list[tuple[str, str, str, str]]:
     """Return the table as text, with the versions that the readings in a file are of."""
-    readings = json.loads(versions.read_text())
+    try:
+        readings = json.loads(versions.read_text())
+    except ValueError:
+        readings = None
+    if not isinstance(readings, dict) or not set(LIBRARIES) <= set(readings):
+        raise ValueError(f"{versions} must hold what `python -m vertebra.interop.readings` writes")
     return [_cells(row, readings) for row in table()]
 
 
@@ -153,7 +158,7 @@ def _versions(row: Row, versions: Readings) -> str:
 
 def show(console: Console, versions: Path) -> None:
     """Print the table."""
-    drawn = Table(*HEADINGS)
+    drawn = Table(*(Column(heading, overflow="fold") for heading in HEADINGS))
     for line in lines(versions):
         drawn.add_row(*line)
     console.print(drawn)

@@ -17,7 +17,7 @@ from . import ceilings, cpu, environment
 from .ceilings import DTYPES
 from .floor_chart import plot
 from .part_times import PartTimes, measure_parts
-from .report import plain_table
+from .report import plain_table, print_table
 from .roofline import PRESETS, WAYS, Roofline, draw, rates_of
 from .schedules import Kernel, Rates
 from .settings import Settings
@@ -162,6 +162,7 @@ def show(roofline: Roofline, console: Console) -> None:
         f"{found.anatomy.macs / 1e9:.2f} GMACs, {found.anatomy.params / 1e6:.2f} M parameters"
     )
     table = plain_table(title, "schedule")
+    table.columns[0].no_wrap, table.columns[0].min_width = False, 24
     headings = ["kernels", "MB/img", "GFLOP/img", "floor us/img", "img/s", "x eager", "in memory"]
     headings += ["saved MB/img"] if found.training else ["batch us, launched"]
     for heading in headings:
@@ -181,7 +182,7 @@ def show(roofline: Roofline, console: Console) -> None:
             f"{found.waits(s.kernels)['memory'] / floor:.0%}",
             saved if found.training else _us(found.latency(way)),
         )
-    console.print(table)
+    print_table(console, table, "GFLOP/img", "in memory", "kernels", headings[-1], "MB/img")
     rates = found.rates
     console.print(
         f"ceilings: {rates.bytes / 1e9:,.0f} GB/s, {rates.tensor / 1e12:,.3g} TFLOP/s in matrix "
@@ -211,7 +212,7 @@ def show_parts(roofline: Roofline, console: Console) -> None:
             spent, floor = measured.seconds.get(part, 0.0), found.floors(measured.way)[part]
             cells += [_us(spent / found.batch), f"{spent / floor:.2f}" if floor else ""]
         table.add_row(*cells)
-    console.print(table)
+    print_table(console, table, "MFLOP", *(f"{way} MB" for way in found.schedules))
     console.print("waits for: m memory, t matrix products, f other arithmetic", highlight=False)
 
 

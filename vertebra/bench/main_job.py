@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from .. import explain
-from . import charts, models, report
+from . import models, report
 from .ceilings import DTYPES
 from .results import Report
 from .session import Session
@@ -33,10 +33,10 @@ def choose(*, quick: bool = False, **options: Any) -> Settings:
     return replace(settings, **changes)
 
 
-def run(model: str, settings: Settings, out: Path, console: Console) -> Report:
-    """Measure inference and training; print the tables, leave JSON and a chart in `out`."""
+def run(model: str, settings: Settings, path: Path, console: Console) -> Report:
+    """Measure inference and training; keep all in `path`, print the tables."""
     begin = time.monotonic()
-    session = Session.open("main", settings, out / "main.json")
+    session = Session.open("main", settings, path)
     for mode, share in MODES.items():
         session.deadline = begin + 60 * settings.minutes * share
         if not session.report.interrupted:
@@ -45,9 +45,7 @@ def run(model: str, settings: Settings, out: Path, console: Console) -> Report:
     if not found.interrupted:
         found.notes += notes(model, settings)
         session.save()
-    charts.models(found, out / "main.png")
     report.show(found, console)
-    console.print(f"written: {out / 'main.json'}, {out / 'main.png'}", highlight=False)
     return found
 
 

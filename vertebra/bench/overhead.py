@@ -16,19 +16,19 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ..kernels import backend
 from ..kernels._op import INTERPRETED
 from ..testing.cases import OPS, Case, Inputs, cases
 from . import environment
+from .report import conclude, plain_table
 from .results import Comparison, Report, Row
 
 Mode = Literal["no grad", "grad", "compiled"]
@@ -41,26 +41,36 @@ _WARM_UP = 5  # calls that compile, and record what is replayed
 def measure(
     rounds: int, modes: Sequence[Mode] = MODES, say: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Time every op; `say` is told what comes next."""
+    """Time every op, or until Ctrl-C those there is time for; `say` is told what comes next."""
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1; got {rounds}")
     with _gpu() as device:
         where = "this GPU" if device.type == "cuda" else "sm_90, up to the driver call"
         settings = {"rounds": rounds, "calls_per_sample": _CALLS, "launches": where}
         report = Report("overhead", environment.describe(device), settings)
-        for op in OPS:
-            case = cases("compile", op)[0]
-            for mode in modes:
-                if mode == "grad" and not case.differentiable:
-                    continue
+        try:
+            for op, mode, case in _todo(modes):
                 say(f"{op}, {mode}")
                 rows = _compare(case, mode, device, rounds)
                 facts = {"op": op, "mode": mode, "case": case.id}
                 report.comparisons.append(Comparison(f"{op} {mode}", rows, facts=facts))
+        except KeyboardInterrupt:
+            report.interrupted = True
     return report
+
+
+def _todo(modes: Sequence[Mode]) -> Iterator[tuple[str, Mode, Case]]:
+    for op in OPS:
+        case = cases("compile", op)[0]
+        for mode in modes:
+            if mode != "grad" or case.differentiable:
+                yield op, mode, case
 
 
 def show(report: Report, console: Console) -> None:
     """Print one line per op and mode."""
-    table = Table("op", "mode", title=f"us per call; launches: {report.settings['launches']}")
+    table = plain_table(f"us per call; launches: {report.settings['launches']}", "op")
+    table.add_column("mode", no_wrap=True)
     for heading in ("eager", "(min)", "vertebra", "(min)", "x eager"):
         table.add_column(heading, justify="right")
     for comparison in report.comparisons:
@@ -70,6 +80,7 @@ def show(report: Report, console: Console) -> None:
         facts = comparison.facts
         table.add_row(facts["op"], facts["mode"], *cells, f"{ratio:.2f}")
     console.print(table)
+    conclude(report, (), console)
 
 
 @contextmanager

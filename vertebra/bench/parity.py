@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..kernels import backend
@@ -32,6 +31,7 @@ from ..models import create_model, export_weights, list_models, load_weights
 from ..models._layouts import export
 from ..testing.parity import build_on_meta, randomize, relative_error
 from . import peers
+from .report import plain_table, print_table
 from .runner import Unavailable
 
 ALLOWED = {"resnet": (0.0, 0.0), "regnet": (0.0, 0.0), "convnext": (5e-6, 1e-11)}
@@ -137,32 +137,33 @@ def _gradient_error(ours: Any, theirs: nn.Module, size: int, peer: str) -> float
 def run(
     pattern: str, of: Sequence[str], sizes: Sequence[int], console: Console, out: Path | None
 ) -> bool:
-    """Compare, print what is found as it is found, and write it; return whether all is equal."""
+    """Compare, write what is found as it is found, print it; return whether all is equal.
+
+    After Ctrl-C it prints what there is, and leaves.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
-    table = Table(
-        "model",
-        "peer",
-        "parameters",
-        "keys",
-        title="plain PyTorch, the same weights: relative differences",
-    )
-    for heading in (*(f"logits {size}" for size in sizes), "gradients", ""):
-        table.add_column(heading, justify="right")
+    table = plain_table("plain PyTorch, the same weights: relative differences", "model")
+    for heading in ("peer", "parameters", "keys", *(f"logits {size}" for size in sizes)):
+        table.add_column(heading, justify="right" if "logits" in heading else "left", no_wrap=True)
+    table.add_column("gradients", justify="right", no_wrap=True)
+    table.add_column("")
     found: list[Row] = []
     names = [(name, peer) for name in list_models(pattern) for peer in of]
-    with Progress(console=Console(stderr=True), transient=True) as progress, backend("eager"):
-        task = progress.add_task("", total=len(names))
-        for name, peer in names:
-            progress.update(task, description=f"{name}, {peer}")
-            with suppress(Unavailable):
-                row = compare(name, peer, sizes, memory)
-                found.append(row)
-                table.add_row(*_cells(row, sizes))
-                if out is not None:
-                    out.write_text(json.dumps([asdict(row) for row in found], indent=1))
-            gc.collect()
-            progress.advance(task)
-    console.print(table)
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress, backend("eager"):
+            task = progress.add_task("", total=len(names))
+            for name, peer in names:
+                progress.update(task, description=f"{name}, {peer}")
+                with suppress(Unavailable):
+                    row = compare(name, peer, sizes, memory)
+                    found.append(row)
+                    table.add_row(*_cells(row, sizes))
+                    if out is not None:
+                        out.write_text(json.dumps([asdict(row) for row in found], indent=1))
+                gc.collect()
+                progress.advance(task)
+    finally:
+        print_table(console, table, "parameters", "keys")
     wrong = [row for row in found if row.failed]
     console.print(f"{len(found)} comparisons, {len(wrong)} with differences")
     return not wrong

@@ -8,18 +8,19 @@ from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from .ceilings import Ceilings
 from .results import Comparison, Report, Row, quartiles
 
-_NARROW = 120  # columns, under which some of a table are left out
+_ENOUGH = 3  # rounds, of which quartiles say something
 
 
 def show(report: Report, console: Console) -> None:
     """Print every comparison, then the verdicts and the notes."""
     for comparison in report.comparisons:
-        console.print(steady_table(comparison, report.ceilings, console.width))
+        show_steady(comparison, report.ceilings, console)
         for row in comparison.rows:
             if row.detail:
                 text = f"{row.provider}: {row.status}, {row.detail}"
@@ -72,7 +73,7 @@ def verdict(comparison: Comparison) -> Verdict | None:
         return None
     speedups = comparison.speedups(ours)
     low, middle, high = quartiles(speedups)
-    if len(speedups) < 3 or low <= 1 <= high:
+    if len(speedups) < _ENOUGH or low <= 1 <= high:
         outcome = "not told apart from"
     else:
         outcome = "faster than" if middle > 1 else "a loss: slower than"
@@ -90,7 +91,8 @@ def sentences(report: Report) -> Iterator[str]:
     for comparison, ours, peer, outcome, (low, middle, high) in verdicts(report):
         yield (
             f"{comparison.name}: {ours.provider} is {outcome} the fastest peer ({peer.provider} in "
-            f"the median), {middle:.2f}x its speed [quartiles {low:.2f} to {high:.2f}]."
+            f"the median), {middle:.2f}x its speed [quartiles {low:.2f} to {high:.2f}]"
+            f"{'' if len(ours.samples_ms) >= _ENOUGH else ', in too few rounds to tell'}."
         )
 
 
@@ -107,12 +109,12 @@ def tally(report: Report) -> Iterator[str]:
             yield f"a loss: {comparison.name}, {ours.provider} {middle:.2f}x {peer.provider}"
 
 
-def steady_table(comparison: Comparison, ceilings: Ceilings | None, width: int) -> Table:
-    """Return the table of a comparison: times, rates, errors, memory."""
+def show_steady(comparison: Comparison, ceilings: Ceilings | None, console: Console) -> None:
+    """Print the table of a comparison: times, rates, errors, memory."""
+    if not comparison.rows:  # it was begun, and no more
+        return
     lines = {row.provider: columns(comparison, row, ceilings) for row in comparison.rows}
     headings = list(dict.fromkeys(heading for cells in lines.values() for heading in cells))
-    if width < _NARROW:
-        headings = [h for h in headings if h not in ("TFLOP/s", "top-1", "of budget")]
     table = plain_table(comparison.name, "provider")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -120,7 +122,7 @@ def steady_table(comparison: Comparison, ceilings: Ceilings | None, width: int) 
         style = "red" if row.refused else "" if row.peer else "bold"
         cells = [lines[row.provider].get(heading, "") for heading in headings]
         table.add_row(row.provider, *cells, style=style)
-    return table
+    print_table(console, table, "of budget", "top-1", "TFLOP/s", "first", "±", "of floor")
 
 
 def plain_table(title: str, first: str) -> Table:
@@ -129,6 +131,31 @@ def plain_table(title: str, first: str) -> Table:
     table.padding = (0, 1, 0, 0)
     table.add_column(first, no_wrap=True)
     return table
+
+
+def print_table(console: Console, table: Table, *least: str) -> None:
+    """Print a table; of columns that do not fit, leave out `least`, the first ones first."""
+    unbounded = console.options.update(width=10_000)  # a measurement is within its options' width
+    for column in table.columns:
+        if column.no_wrap:  # which alone does not keep rich from cutting it off
+            column.min_width = max(
+                Measurement.get(console, unbounded, cell).maximum
+                for cell in (column.header, *column.cells)
+            )
+    left_out: list[str] = []
+    for heading in least:
+        if Measurement.get(console, unbounded, table).minimum <= console.width:
+            break
+        kept = [column for column in table.columns if column.header != heading]
+        left_out += [heading] * (len(kept) < len(table.columns))
+        table.columns[:] = kept
+        for i, column in enumerate(kept):
+            column._index = i  # pyright: ignore[reportPrivateUsage]
+    if left_out:
+        names = ", ".join(" ".join(heading.split()) for heading in left_out)
+        table.caption = f"a wider terminal also shows {names}"
+        table.caption_justify = "left"
+    console.print(table)
 
 
 def columns(comparison: Comparison, row: Row, ceilings: Ceilings | None) -> dict[str, str]:
@@ -194,7 +221,8 @@ def show_kernels(report: Report, console: Console) -> None:
         title = f"{facts['op']}{options}, {facts['dtype']}, on {facts['path']}: ms per call"
         calls.setdefault(title, []).append(comparison)
     for title, comparisons in calls.items():
-        console.print(_kernels_table(title, comparisons, report.ceilings))
+        table = _kernels_table(title, comparisons, report.ceilings)
+        print_table(console, table, "saved", "GB/s", "±", "of\nfloor", "x\npeer")
         for comparison in comparisons:
             for row in comparison.rows:
                 if row.detail and row.status != "absent":
@@ -215,7 +243,8 @@ def _kernels_table(
     table = plain_table(title, "case")
     table.add_column("pass", no_wrap=True)
     for heading in (*providers, "±", "GB/s", "of floor", "x peer", "saved"):
-        table.add_column(heading.replace("-", "-\n").replace(" ", "\n"), justify="right")
+        words = heading.replace("-", "-\n").replace(" ", "\n")
+        table.add_column(words, justify="right", no_wrap=True)
     for comparison in comparisons:
         facts = comparison.facts
         by_name = {row.provider: row for row in comparison.rows}

@@ -138,16 +138,26 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> Report:
-        """Read what `save` wrote."""
-        content = json.loads(path.read_text())
-        if content.pop("schema", None) != SCHEMA:
-            raise ValueError(f"{path} must have schema {SCHEMA}; measure again to replace it")
-        for comparison in content["comparisons"]:
-            comparison["rows"] = [Row(**_infinite(row)) for row in comparison["rows"]]
-        content["comparisons"] = [Comparison(**c) for c in content["comparisons"]]
-        if content.get("ceilings"):
-            content["ceilings"] = Ceilings(**content["ceilings"])
-        return cls(**content)
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+            if content.pop("schema") != SCHEMA:
+                raise KeyError("schema")
+            for comparison in content["comparisons"]:
+                comparison["rows"] = [Row(**_infinite(row)) for row in comparison["rows"]]
+            content["comparisons"] = [Comparison(**c) for c in content["comparisons"]]
+            if content.get("ceilings"):
+                content["ceilings"] = Ceilings(**content["ceilings"])
+            return cls(**content)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{path} must hold what a benchmark found, in schema {SCHEMA}, and holds something "
+                "else; name another file, or measure again to replace it"
+            ) from None
 
 
 def plain(content: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Column
 
-from . import ceilings, cpu, environment
+from . import ceilings, cpu, environment, outputs
 from .results import Comparison, Report, plain
 from .runner import Limits
 from .settings import Settings
@@ -63,7 +64,12 @@ class Session:
     def open(
         cls, kind: str, settings: Settings, path: Path | None = None, *, resume: bool = False
     ) -> Session:
-        """Begin a run, or with `resume` take up that in `path`, if it may stand beside this one."""
+        """Begin a run, or with `resume` take up that in `path`, if it may stand beside this one.
+
+        Raises:
+            ValueError: `path` cannot be written, or holds something else than such a run.
+        """
+        outputs.check(path)
         device = torch.device(settings.device)
         # what was asked for may change from run to run, how it is measured may not
         how = plain(asdict(replace(settings, match="", minutes=0.0)))
@@ -78,6 +84,11 @@ class Session:
 
     def _take_up(self, earlier: Report) -> None:
         own = self.report
+        if earlier.kind != own.kind:
+            raise ValueError(
+                f"{self.path} holds a run of {earlier.kind!r}, which one of {own.kind!r} does not "
+                "go on from; name another file, or leave out --resume to replace it"
+            )
         same = environment.same(earlier.environment, plain(own.environment))
         if same and earlier.settings == own.settings:
             own.comparisons, own.ceilings = earlier.comparisons, earlier.ceilings
@@ -173,11 +184,17 @@ class _Bar:
     """Progress: a bar on a terminal, a line for each task elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
-        columns += [MofNCompleteColumn(), Elapsed()]
+        # of the words goes what does not fit
+        words = TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1))
+        columns: list[Any] = [SpinnerColumn(), words, BarColumn(20), MofNCompleteColumn()]
         self._console = console
         self._bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
+            *columns,
+            Elapsed(),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
         self._done = self._end = 0

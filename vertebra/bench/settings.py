@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -116,12 +117,30 @@ class Settings:
         ):
             if unknown := [name for name in names if name not in there]:
                 raise ValueError(f"{what} are {', '.join(there)}; got {', '.join(unknown)}")
-        if min(*self.batches, self.rounds, 1) < 1 or self.image_size < 32:
-            raise ValueError("batch and rounds must be at least 1, image_size at least 32")
-        if self.device.partition(":")[0] not in ("cuda", "cpu"):
-            raise ValueError(f"device must be cuda or cpu; got {self.device!r}")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch finds no GPU here; leave it out")
+        for what, value, least in (
+            ("batch", min(self.batches, default=1), 1),
+            ("rounds", self.rounds, 1),
+            ("image_size", self.image_size, 32),
+            ("minutes", self.minutes, 0),
+        ):
+            if not value >= least:  # NaN is not, either
+                raise ValueError(f"{what} must be at least {least}; got {value}")
+        if not self.first_answer_s > 0:
+            raise ValueError(f"patience must be more than 0 seconds; got {self.first_answer_s}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be cpu, cuda or cuda:1; got {self.device!r}")
+        if self.on_gpu:
+            self._check_gpu()
+
+    def _check_gpu(self) -> None:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device is cuda, but torch finds no GPU here; leave it out (`vertebra env` says "
+                "what there is)"
+            )
+        number, there = int(self.device.partition(":")[2] or 0), torch.cuda.device_count()
+        if number >= there:
+            raise ValueError(f"device is {self.device}, but the last GPU here is cuda:{there - 1}")
 
     @property
     def on_gpu(self) -> bool:

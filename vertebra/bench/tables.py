@@ -11,13 +11,15 @@ from .results import Comparison, Report, Row, quartiles
 
 
 def write(report: Report, path: Path) -> None:
-    """Write a line per provider that was timed, the fastest of models first, as timm does."""
+    """Write a line per provider that was timed; of models the fastest first, as timm does."""
     of = _kernel if report.kind == "kernels" else _model
     lines = [
         of(comparison, row) | _more(comparison, row, report)
         for comparison in report.comparisons
         for row in comparison.timed
     ]
+    if not lines:
+        return
     if report.kind != "kernels":
         lines.sort(key=lambda line: -line["img/s"])
     path.parent.mkdir(parents=True, exist_ok=True)

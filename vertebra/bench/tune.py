@@ -34,7 +34,7 @@ from .ceilings import DTYPES
 from .clock import Clock, Step, cache_copies
 from .models import check
 from .oracle import Answers, Oracle
-from .report import plain_table
+from .report import conclude, plain_table, print_table
 from .results import Comparison, Report, Row, quartiles
 from .runner import Provider, measure
 from .session import Session, Task
@@ -315,13 +315,13 @@ def show(report: Report, console: Console) -> None:
     """Print what was chosen for every convolution, and what all of them gain."""
     table = plain_table("the fastest candidate of every convolution", HEADINGS[0])
     for i, heading in enumerate(HEADINGS[1:]):
-        table.add_column(heading, justify="right" if i else "left")
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
     for line in lines(report):
         table.add_row(*line)
-    console.print(table)
-    for sentence in totals(report):
-        console.print(sentence, highlight=False)
-    for row in [row for comparison in report.comparisons for row in comparison.rows if row.refused]:
-        console.print(f"[red]{row.status}[/] {row.provider}: {row.detail}", highlight=False)
-    for failure in report.failures:
-        console.print(f"[red]failed[/] {failure}", highlight=False)
+    print_table(console, table, "of floor", "times", "untuned")
+    for comparison in report.comparisons:
+        for row in comparison.rows:
+            if row.detail:
+                text = f"{comparison.name}, {row.provider}: {row.status}, {row.detail}"
+                console.print(text, markup=False, highlight=False)
+    conclude(report, totals(report), console)

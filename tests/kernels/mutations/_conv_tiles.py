@@ -45,7 +45,7 @@ BY_IMAGE = example(
 )
 PLANS = [
     (_conv_tiles, "_tiles_kernel", BY_IMAGE, 1, IMAGES),
-    _plan((2, 24, 7, 9), PIXELS, "k=200", "3x3", "pad=2", "dilation=2"),
-    _plan((2, 24, 6, 20), PAIRS, "3x3", "pad=1", "stride=2"),
-    _plan((2, 24, 6, 20), ROWS, "2x2", "stride=2"),
+    _plan((2, 48, 7, 9), PIXELS, "k=200", "3x3", "pad=2", "dilation=2"),
+    _plan((2, 48, 6, 20), PAIRS, "3x3", "pad=1", "stride=2"),
+    _plan((2, 48, 6, 20), ROWS, "2x2", "stride=2"),
 ]

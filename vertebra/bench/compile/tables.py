@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..report import conclude, plain_table, steady_table
+from ..report import conclude, plain_table, show_steady
 from ..results import Comparison, Report, Row
 from .plan import Visit
 from .verdicts import amount, duration, median_of, payoffs, tally, verdicts
@@ -24,7 +24,7 @@ def show(report: Report, console: Console) -> None:
     """Print every comparison, who wins where, when compiling pays, and the notes."""
     for comparison in report.comparisons:
         if comparison.facts["aspect"] == "steady":
-            console.print(steady_table(comparison, report.ceilings, console.width))
+            show_steady(comparison, report.ceilings, console)
         else:
             console.print(_TABLES[comparison.facts["aspect"]](comparison))
         for row in comparison.rows:
@@ -51,14 +51,19 @@ def _remarks(row: Row) -> Iterator[str]:
 
 
 def _lines(
-    comparison: Comparison, headings: Sequence[str], cells: Callable[[Row], Sequence[str]]
+    comparison: Comparison,
+    headings: Sequence[str],
+    cells: Callable[[Row], Sequence[str]],
+    last: str,
 ) -> Table:
+    """Return a table, in which rows that were cut off before the fact `last` say so."""
     table = plain_table(comparison.name, "provider")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.rows:
         style = "red" if row.refused else "" if row.peer else "bold"
-        found = cells(row) if row.status == "ok" else [row.status]
+        complete = row.status == "ok" and last in row.facts
+        found = cells(row) if complete else ["cut off" if row.status == "ok" else row.status]
         table.add_row(row.provider, *found, style=style)
     return table
 
@@ -72,7 +77,7 @@ def _graphs(comparison: Comparison) -> Table:
         return found
 
     headings = ("graphs", "breaks", "operations", "ours in it", "with kernels", "ours in it")
-    return _lines(comparison, headings, cells)
+    return _lines(comparison, headings, cells, "here")
 
 
 def _operations(trace: dict[str, Any]) -> str:
@@ -109,7 +114,7 @@ def _starts(comparison: Comparison) -> Table:
         ]
 
     headings = ("first answer", *_PHASES, "second", "restart", "imports", "build")
-    return _lines(comparison, (*headings, "kernels + calls", "host", "of budget"), cells)
+    return _lines(comparison, (*headings, "kernels + calls", "host", "of budget"), cells, "starts")
 
 
 def _shapes(comparison: Comparison) -> Table:
@@ -125,7 +130,8 @@ def _shapes(comparison: Comparison) -> Table:
         return [*found, str(row.facts["recompiled"]), stalled, duration(base), _used(row)]
 
     headings = [str(Visit(visit["batch"], visit["size"])) for visit in visits]
-    return _lines(comparison, [*headings, "recompiled", "stalled", "then", "of budget"], cells)
+    headings += ["recompiled", "stalled", "then", "of budget"]
+    return _lines(comparison, headings, cells, "stalled_s")
 
 
 def _used(row: Row) -> str:

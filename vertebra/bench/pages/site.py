@@ -15,13 +15,14 @@ from .sources import Sources
 FOLDER = Path("docs/assets")
 
 Part = Callable[[Sources], str]
+Parts = Mapping[str, Part]
 
 
 def _drop_in(sources: Sources) -> str:
     return table(HEADINGS, sources.drop_in, left=len(HEADINGS))
 
 
-PARTS: Mapping[str, Part] = {
+PARTS: Parts = {
     "headline": runs.headline,
     "main": runs.main_job,
     "models": runs.models,
@@ -45,15 +46,17 @@ def pages(root: Path) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
-def out_of_step(root: Path, sources: Sources | None = None) -> Iterator[str]:
+def out_of_step(
+    root: Path, sources: Sources | None = None, parts: Parts | None = None
+) -> Iterator[str]:
     """Yield what is not as `write` would leave it: parts, charts, and parts that no page has."""
-    sources = sources or Sources(root)
-    missing = dict.fromkeys(PARTS)
+    sources, parts = sources or Sources(root), parts or PARTS
+    missing = dict.fromkeys(parts)
     for path in pages(root):
         page = path.read_text()
-        for name in _names(path, page):
+        for name in _names(path, page, parts):
             missing.pop(name, None)
-            if marks.part(page, name) != _content(name, path, sources) + "\n":
+            if marks.part(page, name) != _content(parts[name], path, sources) + "\n":
                 yield f"{path.relative_to(root)}: {name}"
     yield from (f"no page has <!-- report: {name} -->" for name in missing)
     for name, chart in charts.every(sources).items():
@@ -62,14 +65,15 @@ def out_of_step(root: Path, sources: Sources | None = None) -> Iterator[str]:
                 yield f"{path.relative_to(root)}: the chart"
 
 
-def write(root: Path, sources: Sources | None = None) -> list[Path]:
+def write(root: Path, sources: Sources | None = None, parts: Parts | None = None) -> list[Path]:
     """Write parts and charts anew where they are out of step; return the files that changed."""
-    sources = sources or Sources(root)
+    sources, parts = sources or Sources(root), parts or PARTS
     changed: list[Path] = []
     for path in pages(root):
         page = path.read_text()
-        _names(path, page)
-        new = marks.fill(page, partial(_content, path=path, sources=sources))
+        _names(path, page, parts)
+        content = {name: partial(_content, part, path, sources) for name, part in parts.items()}
+        new = marks.fill(page, lambda name, of=content: of[name]())
         if new != page:
             path.write_text(new)
             changed.append(path)
@@ -81,18 +85,18 @@ def write(root: Path, sources: Sources | None = None) -> list[Path]:
     return changed
 
 
-def _names(path: Path, page: str) -> list[str]:
+def _names(path: Path, page: str, parts: Parts) -> list[str]:
     """Return the parts of a page."""
     try:
         names = marks.names(page)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if unknown := [name for name in names if name not in PARTS]:
-        raise ValueError(f"{path}: parts are {', '.join(PARTS)}; got {', '.join(unknown)}")
+    if unknown := [name for name in names if name not in parts]:
+        raise ValueError(f"{path}: parts are {', '.join(parts)}; got {', '.join(unknown)}")
     return names
 
 
-def _content(name: str, path: Path, sources: Sources) -> str:
+def _content(part: Part, path: Path, sources: Sources) -> str:
     """Return what a part of a page is to hold."""
     assets = os.path.relpath(sources.root / FOLDER, path.parent)
-    return PARTS[name](sources).strip().replace(f'"{ASSETS}', f'"{assets}/')
+    return part(sources).strip().replace(f'"{ASSETS}', f'"{assets}/')

@@ -103,7 +103,7 @@ def refuses(site: Site, precision: str, device: Device, config: Config) -> str |
         return f"stride {site.stride} on {tuple(site.x.shape[2:])} (1, or 2 on even sides)"
     if math.prod(site.window) > 1 and site.channels % config.BLOCK_C:
         return f"{site.channels} channels are not blocks of {config.BLOCK_C}"
-    if config.BLOCK_C * site.x.itemsize < 32:
+    if config.BLOCK_C < 16:  # a product takes no fewer, and a box no less than 32 bytes
         return f"{site.channels} channels leave blocks of {config.BLOCK_C}"
     for name, t in zip(("y", "x", "weight", "residual"), site.maps):
         if t is not None and not _is_aligned(t):
