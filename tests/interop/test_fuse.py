@@ -250,7 +250,7 @@ def sites(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
     ("name", "convolutions", "others"),
     [
         ("resnet: basic", 9, ["global_avg_pool"]),
-        ("regnet: y", 18, ["global_avg_pool"]),  # six of them squeeze and excite
+        ("regnet: y", 12, ["global_avg_pool"]),
         ("convnext: v1", 11, ["layer_norm_2d"] * 5 + ["global_avg_pool"]),
         (
             "convnext: v2",

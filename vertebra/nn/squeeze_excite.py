@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import squeeze_excite
+from ..kernels._act import ACTIVATIONS, GATES
 from ..kernels.conv2d_act import runs_on_onednn
 from ._act import ActLayer, create_act, fusible_act, fusible_gate, has_hooks
 from .fused import is_fused
@@ -121,20 +123,22 @@ def excite(
 ) -> Tensor:
     """Return `out_act(x * gate(fc2(act(fc1(mean(x))))) + residual)`, in one op if it knows all."""
     act_name, gate_name = fusible_act(act), fusible_gate(gate)
-    if act_name is not None and is_fused(fc1) and is_fused(fc2) and runs_on_onednn(x):
-        # packed weights and no pass for the activation beat one op that has neither
-        s = fc1(x.mean((2, 3), keepdim=True), None, act_name)
-        y = x * (fc2(s, None, "sigmoid") if gate_name == "sigmoid" else gate(fc2(s)))
-        y = y if residual is None else y.add_(residual)
-        return y if out_act is None else out_act(y)
-    # what is put in place of a convolution may compute something else
-    if act_name is not None and gate_name is not None and is_plain(fc1) and is_plain(fc2):
-        tail = "none" if out_act is None else fusible_act(out_act)
-        y = squeeze_excite(
-            *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual),
-            *(act_name, gate_name, tail or "none"),
-        )
-        return y if out_act is None or tail is not None else out_act(y)
+    if act_name is not None and gate_name is not None:
+        if is_fused(fc1) and is_fused(fc2) and runs_on_onednn(x):
+            # of one pixel, a product of matrices begins sooner than a convolution
+            u = ACTIVATIONS[act_name](F.linear(x.mean((2, 3)), fc1.weight.flatten(1), fc1.bias))
+            gates = GATES[gate_name](F.linear(u, fc2.weight.flatten(1), fc2.bias))
+            y = x * gates[:, :, None, None]
+            y = y if residual is None else y.add_(residual)
+            return y if out_act is None else out_act(y)
+        # what is put in place of a convolution may compute something else
+        if is_plain(fc1) and is_plain(fc2):
+            tail = "none" if out_act is None else fusible_act(out_act)
+            y = squeeze_excite(
+                *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual),
+                *(act_name, gate_name, tail or "none"),
+            )
+            return y if out_act is None or tail is not None else out_act(y)
     y = x * gate(fc2(act(fc1(x.mean((2, 3), keepdim=True)))))
     y = y if residual is None else y + residual
     return y if out_act is None else out_act(y)
