@@ -27,8 +27,8 @@ def _keep_memory() -> None:
     """Have freed memory used again by this process, where the C library is glibc.
 
     It goes back to the system when it happens to lie at the end of the heap, or beyond a threshold
-    that moves. Then every call of one provider waits for ten thousand new pages and its neighbour's
-    for none: that cost the same ResNet-50 up to 20 %, by where its weights lay.
+    that moves. Then every call of one provider waits for thousands of new pages and its neighbour's
+    for none, by where their weights lie.
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if tune is not None:
