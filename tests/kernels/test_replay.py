@@ -211,7 +211,7 @@ def agree(replay: Replay, *args: Any, times: int = 3) -> None:
 
 @pytest.mark.jitted
 def test_whatever_a_binary_depends_on_is_told_apart() -> None:
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     memory = torch.zeros(4096)
     x, bias = memory[:64], torch.zeros(64)
     variants = [
@@ -237,7 +237,7 @@ def test_whatever_a_binary_depends_on_is_told_apart() -> None:
 
 @pytest.mark.jitted
 def test_floats_are_handed_on_not_kept() -> None:
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     x = torch.zeros(64)
     for factor in (0.3, 0.3, 0.3, 0.5, 1.0, 0.0, 0.40625, float("inf")):
         agree(replay, x, None, factor, "none", times=1)
@@ -260,7 +260,7 @@ def test_every_kind_of_argument_is_handed_on() -> None:
         launch(_odd_kernel, (3,), x.device, y_ptr=y, n=x.numel(), **arguments, **kinds)
         return y
 
-    replay = Replay(odd, _op.is_plain, _op._watching)
+    replay = Replay(odd, _op.is_plain)
     for first, last in itertools.permutations((0.5, 0.25, -0.0, float("inf")), 2):
         agree(replay, torch.zeros(64), first, last, "none", times=1)
     assert [type(plan) for plan in replay.plans] == [Plan]
@@ -276,7 +276,7 @@ def test_floats_that_decide_belong_to_the_signature() -> None:
 
     x = torch.zeros(64)
     for implementation in (inverse, chosen):
-        replay = Replay(implementation, _op.is_plain, _op._watching)
+        replay = Replay(implementation, _op.is_plain)
         for _ in range(4):
             for factor in (0.5, 0.25):
                 agree(replay, x, x, factor, "none", times=1)
@@ -288,7 +288,7 @@ def test_what_computes_besides_is_not_replayed() -> None:
     def doubled(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x * 2, bias, factor, name)
 
-    replay = Replay(doubled, _op.is_plain, _op._watching)
+    replay = Replay(doubled, _op.is_plain)
     x = torch.zeros(64)
     for _ in range(4):
         ordinary = launches(replay, x, x, 1.0, "none")[1]
@@ -298,7 +298,7 @@ def test_what_computes_besides_is_not_replayed() -> None:
 
 @pytest.mark.jitted
 def test_tensors_that_are_one_need_not_be_the_next_time() -> None:
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     x, other = torch.zeros(64), torch.zeros(64)
     for _ in range(3):
         launches(replay, x, x, 1.0, "none")
@@ -311,7 +311,7 @@ def test_views_of_arguments_move_with_them() -> None:
     def second_half(x: Tensor, bias: Tensor | None, factor: float, name: str) -> Tensor:
         return scale(x[32:], bias, factor, name)
 
-    replay = Replay(second_half, _op.is_plain, _op._watching)
+    replay = Replay(second_half, _op.is_plain)
     for _ in range(4):
         x = torch.zeros(64)
         _, (launched,) = launches(replay, x, None, 1.0, "none")
@@ -324,7 +324,7 @@ def test_scratch_holds_what_lies_in_it() -> None:
     made: list[Tensor] = []
     allocate = _plan._ALLOCATE["cpu"]
     with patch.dict(_plan._ALLOCATE, cpu=lambda *given: made.append(allocate(*given)) or made[-1]):
-        replay, x = Replay(scale, _op.is_plain, _op._watching), torch.zeros(64)
+        replay, x = Replay(scale, _op.is_plain), torch.zeros(64)
         agree(replay, x, None, 1.0, "none")
     ((*_, pieces, _, _, _),) = launches(replay, x, None, 1.0, "none")[1]
     begin, end = made[-1].data_ptr(), made[-1].data_ptr() + made[-1].nbytes
@@ -334,7 +334,7 @@ def test_scratch_holds_what_lies_in_it() -> None:
 
 @pytest.mark.jitted
 def test_signatures_are_bounded_and_forgotten() -> None:
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     with patch.object(_signature, "MAX_SIGNATURES", 4):
         for _, size in itertools.product(range(3), range(8, 20)):
             agree(replay, torch.zeros(size), None, 1.0, "none", times=1)
@@ -345,7 +345,7 @@ def test_signatures_are_bounded_and_forgotten() -> None:
 
 @pytest.mark.jitted
 def test_who_watches_launches_sees_them() -> None:
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     x = torch.zeros(64)
     agree(replay, x, None, 1.0, "none")
 
@@ -376,7 +376,7 @@ def test_what_pytorch_does_not_just_run_is_not_replayed() -> None:
     class Subclass(Tensor):
         pass
 
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     x, bias = torch.zeros(64), torch.zeros(64)
     known: list[bool] = []
 
@@ -411,7 +411,7 @@ def test_what_pytorch_does_not_just_run_is_not_replayed() -> None:
 
 @pytest.mark.jitted
 def test_the_stream_is_the_current_one() -> None:
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     x = torch.zeros(64)
     agree(replay, x, None, 1.0, "none")
     with patch.object(driver.active, "get_current_stream", lambda _: 7):
@@ -469,7 +469,7 @@ def test_the_launcher_is_seen_through() -> None:
         _scale_kernel.device_caches.clear()
         assert _scale_kernel.device_caches[0]  # creates what the next line replaces
         _scale_kernel.compile = Launched
-        replay = Replay(scale, _op.is_plain, _op._watching)
+        replay = Replay(scale, _op.is_plain)
         ordinary, _, _, replayed = (
             [*_flat(launches(call, x, bias, 0.3, name)[1][0])] for call in (scale, *[replay] * 3)
         )
@@ -486,7 +486,7 @@ def test_the_launcher_is_seen_through() -> None:
 
 @pytest.mark.jitted
 def test_recording_does_not_wait_for_dynamo() -> None:
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     agree(replay, torch.zeros(64), None, 1.0, "none")
     assert "torch._dynamo.convert_frame" not in sys.modules
 
@@ -497,7 +497,7 @@ def test_outputs_without_elements_are_allocated_once() -> None:
         nothing, y, more = x.new_empty(0), scale(x, bias, factor, name), x.new_empty(2, 0)
         return nothing, y, more
 
-    replay = Replay(with_nothing, _op.is_plain, _op._watching)
+    replay = Replay(with_nothing, _op.is_plain)
     x = torch.zeros(64)
     agree(replay, x, None, 1.0, "none")
     first, second = (replay(x, None, 1.0, "none") for _ in range(2))
@@ -507,7 +507,7 @@ def test_outputs_without_elements_are_allocated_once() -> None:
 
 @pytest.mark.jitted
 def test_threads_do_not_share_a_call() -> None:
-    replay = Replay(scale, _op.is_plain, _op._watching)
+    replay = Replay(scale, _op.is_plain)
     wrong: list[int] = []
 
     def work(size: int) -> None:

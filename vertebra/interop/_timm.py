@@ -16,7 +16,6 @@ from ..nn import (
     DropPath,
     FrozenBatchNormAct2d,
     GlobalResponseNorm,
-    InputReaders,
     LayerNorm2d,
     LayerScale2d,
     SqueezeExcite,
@@ -167,7 +166,6 @@ def _end(
 @accelerates("timm.models.resnet.BasicBlock", _has_other_norms, forward="4651704b6f10")
 class _BasicBlock:
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
-    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
     bn1: nn.Module
     drop_block: nn.Module
@@ -187,7 +185,6 @@ class _BasicBlock:
 @accelerates("timm.models.resnet.Bottleneck", _has_other_norms, forward="e8955400bbd3")
 class _Bottleneck(InParts):
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
-    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
     bn1: nn.Module
     act1: nn.Module

@@ -13,7 +13,6 @@ from ..kernels import drop_path_add
 from ..nn import (
     ConvNorms,
     Excitation,
-    InputReaders,
     LayerNorm2d,
     Unit,
     conv_norm_act,
@@ -36,7 +35,6 @@ torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does
 @accelerates("torchvision.models.resnet.BasicBlock", forward="35a42b79c8d5")
 class _BasicBlock:
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
-    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module
@@ -56,7 +54,6 @@ class _BasicBlock:
 @accelerates("torchvision.models.resnet.Bottleneck", forward="64f3768ca1e8")
 class _Bottleneck(InParts):
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
-    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
     conv1: nn.Module
     bn1: nn.Module
     conv2: nn.Module
@@ -144,7 +141,6 @@ class _Conv2dNormActivation(nn.Sequential):
 
 @accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="1f053948ac54")
 class _ResBottleneckBlock(InParts):
-    INPUT_READERS: ClassVar[InputReaders] = ("f", "a", "0")
     proj: nn.Module | None
     f: nn.Sequential
     activation: nn.Module

@@ -13,7 +13,6 @@ from ..nn import (
     DropPath,
     Excitation,
     GlobalResponseNorm,
-    InputReaders,
     LayerNorm2d,
     Unit,
     conv_norm_act,
@@ -137,7 +136,6 @@ class _Stem(nn.Module):
     "regnet.modeling_regnet.RegNetYLayer",
 )
 class _ResidualLayer:
-    INPUT_READERS: ClassVar[InputReaders] = ("layer", "0", "convolution")
     layer: nn.Module
     shortcut: nn.Module
     activation: nn.Module

@@ -90,8 +90,7 @@ def fuse(
             module.stays = True
     for module in list(fused.modules()):
         _fuse_act(module, users)
-        if passes_on(module):
-            module.__class__ = BackToBack if has_neighbours(module) else FusedBlocks
+    _fuse_blocks(fused)
     if image is not None:
         fold_image(_find_image_conv(fused, len(image[0])), *image)
     return CudaGraphs(fused) if cuda_graph else fused
@@ -314,6 +313,16 @@ def _fuse_act(sequence: nn.Module, users: _Users) -> None:
             if act is not None:
                 conv.act = act
                 sequence.add_module(act_name, nn.Identity().train(sequence.training))
+
+
+def _fuse_blocks(module: nn.Module) -> None:
+    """Let sequences of blocks, and of such sequences, run as one; not what blocks are made of."""
+    inside = module.children()
+    if passes_on(module):
+        inside = [child for child in inside if passes_on(child)]
+        module.__class__ = BackToBack if has_neighbours(module) else FusedBlocks
+    for child in inside:
+        _fuse_blocks(child)
 
 
 # ----------------------------------------------------------------------------------------- MLPs

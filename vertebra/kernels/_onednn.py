@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _spare
 from ._act import finish
 from ._conv2d import Arguments, memory_format
 from ._op import is_plain
@@ -96,12 +95,8 @@ def bound(a: Arguments) -> Callable[..., Tensor]:
     adds = a.groups == 1 and a.act in ("none", "relu")  # PyTorch has no other adds
     rounds_bias = a.bias is not None and a.bias.dtype != a.x.dtype
     image, act, wanted = a.x.shape, a.act, memory_format(a.x)
-    # whose memory format oneDNN takes for y's
-    dense = a.residual is not None and a.residual.is_contiguous(memory_format=torch.channels_last)
-    overwrites = adds and dense and wanted is torch.channels_last
     unary = _mkldnn._convolution_pointwise.default
     binary = _mkldnn._convolution_pointwise.binary
-    in_place = _mkldnn._convolution_pointwise_.binary
 
     def run(
         x: Tensor, weight: Tensor, _: None, bias: Tensor | None, residual: Tensor | None, *__: Any
@@ -113,8 +108,6 @@ def bound(a: Arguments) -> Callable[..., Tensor]:
             x = x.contiguous(memory_format=torch.channels_last)
         if residual is None:
             y = unary(x, packed, bias, *steps, name, [], algorithm)
-        elif overwrites and _spare.take(residual) and residual.data_ptr() != x.data_ptr():
-            y = in_place(residual, x, packed, bias, *steps, "add", 1.0, last, [], None)
         elif adds:
             y = binary(x, residual, packed, bias, *steps, "add", 1.0, last, [], None)
         else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 from collections.abc import Callable, Generator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from ._signature import Signatures
+from ._watch import watching
 
 __all__ = [
     "INTERPRETED",
@@ -33,6 +35,7 @@ __all__ = [
     "current_backend",
     "define",
     "has_kernels",
+    "is_observed",
     "is_plain",
     "observe",
     "refuses",
@@ -132,7 +135,7 @@ class Op:
     """One contract and its implementations, all with the same positional arguments.
 
     `check` raises for arguments that break the contract, by their types, shapes, devices and flags
-    alone: a call of the signature of an earlier one (`_triton._signature`) has passed it already.
+    alone: a call of the signature of an earlier one (`_signature`) has passed it already.
     `choose` is for an op that has more than the two implementations: how "auto" runs a call.
     """
 
@@ -174,17 +177,13 @@ class Op:
         return _repeated(self._run)
 
     @cached_property
-    def _passed(self) -> Any:
+    def _passed(self) -> Signatures:
         """The signatures of calls with gradients that passed the check and are not refused."""
-        from ._triton._signature import Signatures
-
         return Signatures()
 
     @cached_property
-    def _chosen(self) -> Any:
+    def _chosen(self) -> Signatures:
         """The signatures of calls of which the choice lasts; the plan by grad mode is what runs."""
-        from ._triton._signature import Signatures
-
         return Signatures()
 
     def _run(self, *args: Any) -> Any:
@@ -221,6 +220,11 @@ def observe(callback: Callable[[Call], None]) -> Generator[None]:
         yield
     finally:
         _observer = outer
+
+
+def is_observed() -> bool:
+    """Return whether somebody wants to hear of every call."""
+    return _observer is not None
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -311,14 +315,8 @@ def _repeated(implementation: Callable[..., Any]) -> Callable[..., Any]:
         return implementation
     from ._triton._replay import repeated
 
-    return repeated(implementation, is_plain, _watching)
+    return repeated(implementation, is_plain)
 
-
-class _Watching(threading.local):
-    depth: int = 0
-
-
-_watching = _Watching()  # how many dispatch modes of ours see this thread's work and leave it be
 
 _PLAIN = {Tensor, torch.nn.Parameter, torch.Size, type(None), bool, int, float, str, list, tuple}
 
@@ -331,7 +329,7 @@ def is_plain(args: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling():
         return False
     return not (
-        torch._C._len_torch_dispatch_stack() > _watching.depth  # pyright: ignore
+        torch._C._len_torch_dispatch_stack() > watching.depth  # pyright: ignore
         or torch._C._are_functorch_transforms_active()  # pyright: ignore
         or not _PLAIN.issuperset(map(type, args))
         or any([a.is_neg() for a in args if isinstance(a, Tensor)])

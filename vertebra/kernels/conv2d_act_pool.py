@@ -22,7 +22,6 @@ Source   Hu et al. 2018 (arXiv:1709.01507), whose squeeze and scale these are; s
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ from ._op import (
     sums_dtype,
     wants_grad,
 )
+from ._signature import Signatures
 from .conv2d_act import cast_by_autocast, on_kernels
 from .conv2d_act import op as conv
 
@@ -125,23 +125,19 @@ def where_ours(
     return y, shares
 
 
+_signatures = Signatures()
+
+
 def _ours(*args: Any) -> str | None:
     """Return what `on_kernels` does, found out once for calls of one signature."""
     key = (current_backend(), torch.is_grad_enabled(), _choices.edition())
-    found = _signatures().find(args)
+    found = _signatures.find(args)
     if found is not None and key in found[0].plans:
         return found[0].plans[key]
     candidate = on_kernels(*args)
     if is_plain(args):
-        _signatures().note(args)[0].plans[key] = candidate
+        _signatures.note(args)[0].plans[key] = candidate
     return candidate
-
-
-@cache
-def _signatures() -> Any:
-    from ._triton._signature import Signatures
-
-    return Signatures()
 
 
 class _Call(NamedTuple):

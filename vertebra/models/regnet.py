@@ -24,7 +24,6 @@ from ..nn import (
     CheckpointSequential,
     ConvNorms,
     DropPathAdd,
-    InputReaders,
     SqueezeExcite,
     Unit,
     conv_norm_act,
@@ -163,8 +162,6 @@ class ResBottleneckBlock(InParts, _Block):
 
     The add and the activation are part of f's last op, unless stochastic depth comes before them.
     """
-
-    INPUT_READERS: ClassVar[InputReaders] = ("f", "a", "0")
 
     def __init__(self, config: RegNetConfig, block: Block) -> None:
         super().__init__(config, block)

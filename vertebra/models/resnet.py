@@ -25,7 +25,6 @@ from ..nn import (
     ConvNorms,
     DropBlock2d,
     DropPath,
-    InputReaders,
     Unit,
     attn_act,
     conv_norm_act,
@@ -65,7 +64,6 @@ class BasicBlock(nn.Module):
 
     expansion = 1
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"))
-    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
 
     def __init__(
         self,
@@ -122,7 +120,6 @@ class Bottleneck(InParts, nn.Module):
 
     expansion = 4
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
-    INPUT_READERS: ClassVar[InputReaders] = ("conv1",)
 
     def __init__(
         self,

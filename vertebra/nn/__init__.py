@@ -8,7 +8,6 @@ from .conv_norm_act import (
     ConvNormAct,
     ConvNormActs,
     ConvNorms,
-    InputReaders,
     conv_norm_act,
     create_conv2d,
 )
@@ -57,7 +56,6 @@ __all__ = [
     "GlobalAvgPool2d",
     "GlobalPool2d",
     "GlobalResponseNorm",
-    "InputReaders",
     "LayerNorm2d",
     "LayerScale",
     "LayerScale2d",

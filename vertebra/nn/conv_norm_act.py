@@ -20,11 +20,6 @@ from .norm_act import NormLayer, create_norm_act, norm_act, pooled
 # CONV_NORMS, which `vertebra.fuse` goes by. A block need not have them all.
 ConvNorms = tuple[tuple[str, str], ...]
 
-# The modules that a block's input passes through, outermost first, to the convolution that reads
-# it, where nothing but the add of the block's last convolution does so afterwards: its class's
-# INPUT_READERS, which `FusedBlocks` goes by.
-InputReaders = tuple[str, ...]
-
 Padding = str | int | tuple[int, int] | None
 
 

@@ -1,90 +1,37 @@
-"""Residual blocks in sequence, after `vertebra.fuse`: each may overwrite what it was given."""
+"""Residual blocks in sequence, after `vertebra.fuse`."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..kernels import _spare
-from ._act import has_hooks
+from ._recorded import forget, recorded
 from .checkpoint import CheckpointSequential
-from .conv_norm_act import InputReaders
-from .fused import is_fused
-
-_storage_uses: Callable[[int], int] = torch._C._storage_Use_Count  # pyright: ignore
+from .fused import is_fused_model
 
 
 class FusedBlocks(CheckpointSequential):
-    """Blocks in sequence, of which all but the first may add in the place of their input.
+    """Blocks in sequence, or sequences of them, whose calls are recorded on CPUs.
 
-    That input is what the block before returned. It is offered (`vertebra.kernels._spare`) if
-    nobody else has it, by Python's count of references and the storage's, and nothing that could
-    keep it, hooks or modules that stand for others, is between it and the add.
+    They are run again without the blocks where those would call the same (`_recorded`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or type(x) is not Tensor or self.grad_checkpointing:
-            return super().forward(x)
-        is_first = True
-        for block in self:
-            if is_first or not (_references(x) == _ALONE and _is_private(x, block)):
-                x = block(x)
-            else:
-                with _spare.offered(x):
-                    x = block(x)
-            is_first = False
-        return x
+        forward = super().forward
+        return forward(x) if self.grad_checkpointing else recorded(self, forward, x)
 
-
-def _references(x: object) -> int:
-    return sys.getrefcount(x)
-
-
-def _count_alone() -> int:
-    """Return the references to what only the loop of `FusedBlocks.forward` has."""
-    x, count = object(), 0
-    for _ in range(2):
-        count = _references(x)
-        x = object()
-    return count
-
-
-_ALONE = _count_alone()
-
-
-def _is_private(x: Tensor, block: nn.Module) -> bool:
-    """Return whether no view of x is left, and `block` shows it to nobody."""
-    storage = x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-    if _storage_uses(storage) != 2:  # x, and what asks
-        return False
-    readers: InputReaders = getattr(type(block), "INPUT_READERS", ())
-    module: Any = block
-    for name in readers:
-        if has_hooks(module) or not _is_known(module):
-            return False
-        module = vars(module)["_modules"].get(name)
-    return bool(readers) and module is not None and is_fused(module)
-
-
-def _is_known(module: Any) -> bool:
-    """Return whether it is known what `module` does with its input."""
-    kind = type(module)
-    return (
-        kind.forward is nn.Sequential.forward
-        or hasattr(kind, "INPUT_READERS")
-        or hasattr(kind, "CONV_NORMS")
-    )
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        forget(self)  # moved or converted, they would hold the memory that they leave
+        return super()._apply(fn, recurse)
 
 
 def passes_on(sequence: nn.Module) -> bool:
-    """Return whether `sequence` just runs residual blocks one after the other."""
+    """Return whether `sequence` just runs blocks one after the other, some of them fused."""
     runs = (nn.Sequential.forward, CheckpointSequential.forward)
     return (
         type(sequence).forward in runs
-        and len(vars(sequence)["_modules"]) > 1
-        and all(hasattr(type(block), "INPUT_READERS") for block in sequence.children())
+        and len(vars(sequence)["_modules"]) > 0
+        and all(any(True for _ in block.children()) for block in sequence.children())
+        and is_fused_model(sequence)
     )

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
+from .._signature import Found, Signatures
+from .._watch import Watch
 from ._launch import Launch, observed, recorded
 from ._plan import Plan, Scalars, leaves, make_plan
-from ._signature import Found, Signatures
 
 ALIGNMENT = 16  # bytes: what the JIT asks of a pointer; torch allocates at multiples of 64 and more
 
@@ -53,28 +53,24 @@ def forget() -> None:
 
 
 def repeated(
-    implementation: Callable[..., Any], is_plain: Callable[[tuple[Any, ...]], bool], watching: Any
+    implementation: Callable[..., Any], is_plain: Callable[[tuple[Any, ...]], bool]
 ) -> Callable[..., Any]:
     """Return `implementation`, replayed where kernels are compiled."""
     if knobs.runtime.interpret:
         return implementation
-    return Replay(implementation, is_plain, watching)
+    return Replay(implementation, is_plain)
 
 
 class Replay:
     """An op's implementation, repeated by plans.
 
-    `is_plain` tells whether PyTorch just runs what a call asks for; `watching.depth` counts the
-    modes that only look on.
+    `is_plain` tells whether PyTorch just runs what a call asks for.
     """
 
     def __init__(
-        self,
-        implementation: Callable[..., Any],
-        is_plain: Callable[[tuple[Any, ...]], bool],
-        watching: Any,
+        self, implementation: Callable[..., Any], is_plain: Callable[[tuple[Any, ...]], bool]
     ) -> None:
-        self._implementation, self._is_plain, self._watching = implementation, is_plain, watching
+        self._implementation, self._is_plain = implementation, is_plain
         self._signatures = Signatures()
         _replays.append(self)
 
@@ -111,7 +107,7 @@ class Replay:
     def _record(self, found: Found, args: tuple[Any, ...]) -> Any:
         # one tensor passed twice becomes two: they need not be one the next time
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        with _Watch(self._watching) as watch, recorded() as launches:
+        with _Watch() as watch, recorded() as launches:
             outputs = self._implementation(*args)
         signature, kind, tensors = found
         scalars = self._rehearse(kind.float_places, args, [launch for launch, _ in launches])
@@ -192,31 +188,13 @@ def misalignment(pointers: Sequence[int]) -> tuple[int, ...]:
     return tuple(pointer % ALIGNMENT for pointer in pointers)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Watch):
     """See whether PyTorch computes anything, beside allocating and taking views."""
 
-    def __init__(self, watching: Any) -> None:
-        super().__init__()
-        self.computes = False
-        self._watching = watching
+    computes = False
 
-    def __enter__(self) -> _Watch:
-        self._watching.depth += 1
-        return super().__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        self._watching.depth -= 1
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or PyTorch would import Dynamo to keep it out, which takes a second
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self.computes |= func not in _ALLOCATIONS and not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def _is_watched() -> bool:

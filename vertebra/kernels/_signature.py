@@ -25,16 +25,20 @@ _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # pyright: ignor
 
 
 class Signature:
-    """One signature, and what to do about it, which follows from how pointers are aligned too."""
+    """One signature, and what to do about it, by what else that follows from."""
 
     __slots__ = ("holds", "plans")
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.plans: dict[tuple[int, ...], Any] = {}
+        self.plans: dict[Any, Any] = {}
         self.holds = _guard(tensors)
         if not self.holds(*tensors):  # PyTorch's guards take no tensor twice
             each = [_guard((t,)) for t in tensors]
-            self.holds = lambda *tensors: all(holds(t) for holds, t in zip(each, tensors))
+
+            def all_hold(*tensors: Tensor) -> bool:
+                return all(holds(t) for holds, t in zip(each, tensors, strict=True))
+
+            self.holds = all_hold
 
 
 def _guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
@@ -58,9 +62,11 @@ class Kind:
         self.rest = _picker(rest)
         if list in map(type, args):  # which no dict takes for a key
             pick = self.rest
-            self.rest = lambda args: tuple(
-                tuple(v) if isinstance(v, list) else v for v in pick(args)
-            )
+
+            def hashable(args: tuple[Any, ...]) -> tuple[Any, ...]:
+                return tuple(tuple(v) if isinstance(v, list) else v for v in pick(args))
+
+            self.rest = hashable
         self.signatures: dict[tuple[Any, ...], list[Signature]] = {}
 
 

@@ -1,0 +1,180 @@
+"""Calls that were recorded compute what the function did that made them, and touch nothing else."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vertebra.kernels._recording import record
+from vertebra.kernels._watch import Watch
+
+C = 4
+WEIGHT, BIAS = torch.randn(C, C, 1, 1), torch.randn(C)
+CONSTANTS = (WEIGHT, BIAS)
+
+_unary: Any = torch.ops.mkldnn._convolution_pointwise.default
+_binary: Any = torch.ops.mkldnn._convolution_pointwise.binary
+_STEPS = ((0, 0), (1, 1), (1, 1), 1)
+
+
+def is_constant(t: Tensor) -> bool:
+    return any(t is constant for constant in CONSTANTS)
+
+
+def recorded(function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    """Return the text of a recording; the run of it that made it has to be right itself."""
+    wanted = function(x.clone(memory_format=torch.preserve_format))
+    noted = record(function, x, is_constant)
+    assert torch.equal(noted.y, wanted)
+    return noted.text
+
+
+def image(batch: int = 2) -> Tensor:
+    return torch.randn(batch, C, 3, 5).contiguous(memory_format=torch.channels_last)
+
+
+def conv(x: Tensor) -> Tensor:
+    return _unary(x, WEIGHT, BIAS, *_STEPS, "relu", [], "")
+
+
+def conv_add(x: Tensor, residual: Tensor) -> Tensor:
+    return _binary(x, residual, WEIGHT, BIAS, *_STEPS, "add", 1.0, "relu", [], None)
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * x.mean((2, 3)).sigmoid()[:, :, None, None]
+
+
+# what a step of a random program makes of two maps, either of which it may read again later
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "conv": lambda a, _: conv(a),
+    "conv_add": conv_add,
+    "mul": lambda a, b: a * b,
+    "add": lambda a, b: a + b,
+    "square": lambda a, _: a * a,
+    "relu": lambda a, _: torch.relu(a),
+    "scaled": lambda a, _: scaled(a),
+    "row": lambda a, b: a * b[:, :, :1],
+    "transposed view": lambda a, _: a.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
+    "view of a half, filled": lambda a, _: torch.cat((a[:1], a[1:] + 1)),
+    "chunks": lambda a, _: torch.cat(a.chunk(2, 1), 1),
+    "of constants": lambda a, _: a + (WEIGHT[:, 0] * 2)[None],
+    "in place": lambda a, b: (a + b).relu_().mul_(2),
+}
+Program = list[tuple[str, int, int]]
+PROGRAMS = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)))
+
+
+def interpreted(program: Program) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor) -> Tensor:
+        maps = [x, x + 1]
+        for name, a, b in program:
+            maps.append(STEPS[name](maps[-1 - a % len(maps)], maps[-1 - b % len(maps)]))
+        return maps[-1]
+
+    return function
+
+
+@settings(max_examples=150)
+@given(PROGRAMS)
+def test_random_programs(program):
+    function = interpreted(program)
+    text = recorded(function, image())
+    run, x = text.compiled(), image()
+    before = [t.clone() for t in (x, *CONSTANTS)]
+    wanted = function(x.clone(memory_format=torch.preserve_format))
+    for _ in range(2):
+        y = run(x)
+        assert torch.equal(y, wanted)
+        assert y.stride() == wanted.stride()
+    assert all(map(torch.equal, (x, *CONSTANTS), before))
+
+
+@pytest.mark.parametrize(
+    ("function", "overwrites"),
+    [
+        pytest.param(lambda x: conv_add(conv(x), conv(x)), "_convolution_pointwise_", id="sum"),
+        pytest.param(lambda x: conv_add(conv(x), x), "", id="sum onto x"),
+        pytest.param(lambda x: conv_add(y := conv(x), y), "", id="sum onto what is read"),
+        pytest.param(lambda x: conv_add(conv(x), y := conv(x)) + y, "add_", id="sum, read later"),
+        pytest.param(lambda x: scaled(conv(x)), "mul_", id="gate"),
+        pytest.param(lambda x: scaled(x), "", id="gate of x"),
+        pytest.param(lambda x: conv(x)[:1] * conv(x)[:1], "", id="product of views"),
+        pytest.param(lambda x: (y := conv(x)) * y.permute(0, 1, 2, 3), "", id="view of itself"),
+        pytest.param(lambda x: conv(x) * image(1).new_ones(3, 1, 1, 1, 1), "", id="larger result"),
+        pytest.param(lambda x: torch.relu(conv(x) - 1), "relu_", id="activation"),
+    ],
+)
+def test_what_is_overwritten(function, overwrites):
+    x = image()
+    run = recorded(function, x).compiled()
+    called: set[str] = set()
+
+    class Names(Watch):
+        def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+            called.add(func.__name__.partition(".")[0])
+
+    with Names():
+        run(x)
+    assert {name for name in called if name.endswith("_")} == {overwrites} - {""}
+
+
+def test_nothing_is_held_longer_than_it_is_read():
+    alive: list[int] = []
+    seen: list[weakref.ref[Tensor]] = []
+
+    class Lives(Watch):
+        def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+            seen.append(weakref.ref(result))
+            alive.append(sum(ref() is not None for ref in seen))
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(6):
+            x = conv(x)
+        return x
+
+    x = image()
+    run = recorded(chain, x).compiled()
+    with Lives():
+        run(x)
+    assert len(alive) == 6
+    assert max(alive) == 2  # what is read, and what is made of it
+
+
+def test_a_recording_holds_no_map():
+    x = image()
+    noted = record(lambda x: conv(conv(x)), x, is_constant)
+    text, y = noted.text, weakref.ref(noted.y)
+    held = weakref.ref(x)
+    del noted, x
+    gc.collect()
+    assert y() is None
+    assert held() is None
+    assert text is not None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: x * float(x.sum()), id="a number of x"),
+        pytest.param(lambda x: conv(x) if x.sum() > 0 else x, id="a branch on x"),
+        pytest.param(lambda x: x + BIAS.mul_(1)[0], id="a constant"),
+        pytest.param(
+            lambda x: F.linear(x.permute(0, 2, 3, 1), nn.Parameter(WEIGHT[:, :, 0, 0])),
+            id="a tensor of nobody's",
+        ),
+        pytest.param(lambda _: BIAS, id="nothing of x"),
+    ],
+)
+def test_what_cannot_be_told_from_calls(function):
+    with torch.no_grad():
+        assert record(function, image().abs(), is_constant).text is None

@@ -1,0 +1,428 @@
+"""Fused models on CPUs are recorded, and run by the record only while it says what they would."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+import vertebra
+from vertebra.bench import peers
+from vertebra.kernels import _recording
+from vertebra.models import ConvNeXt, RegNet, ResNet
+from vertebra.models._convnext_config import ConvNeXtConfig
+from vertebra.models._regnet_config import RegNetConfig
+from vertebra.models._resnet_config import ResNetConfig
+from vertebra.nn import _recorded
+from vertebra.nn.fused_blocks import FusedBlocks
+from vertebra.testing.parity import randomize
+
+Seen = list[Tensor]
+"""Maps that somebody kept."""
+
+
+@pytest.fixture(autouse=True)
+def _on_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU as it is outside of the tests: kernels are not interpreted."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vertebra.kernels.") and hasattr(module, "INTERPRETED"):
+            monkeypatch.setattr(module, "INTERPRETED", False)
+    with vertebra.backend("auto"):
+        yield
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[_recording.Text]:
+    """The recordings that were run."""
+    found: list[_recording.Text] = []
+
+    class Noting(_recording.Text):
+        def compiled(self) -> Callable[[Tensor], Tensor]:
+            run = super().compiled()
+
+            def noting(x: Tensor) -> Tensor:
+                found.append(self)
+                return run(x)
+
+            return noting
+
+    monkeypatch.setattr(_recording, "Text", Noting)
+    return found
+
+
+def resnet() -> nn.Module:
+    config = ResNetConfig(block="bottleneck", layers=(2, 3), hidden_sizes=(8, 16), num_classes=10)
+    return ResNet(config)
+
+
+def basic() -> nn.Module:
+    return ResNet(ResNetConfig(block="basic", layers=(3,), hidden_sizes=(64,), num_classes=10))
+
+
+def regnet() -> nn.Module:
+    config = RegNetConfig("y", hidden_sizes=(16, 32), depths=(1, 3), group_width=8, num_classes=10)
+    return RegNet(config)
+
+
+def convnext() -> nn.Module:
+    return ConvNeXt(ConvNeXtConfig(depths=(1, 2), dims=(8, 16), num_classes=10))
+
+
+OWN = {"resnet": resnet, "basic": basic, "regnet": regnet, "convnext": convnext}
+STAGES = {"resnet": 2, "basic": 1, "regnet": 2, "convnext": 2}
+
+
+def fused(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return vertebra.fuse(randomize(OWN[name]()).eval())
+
+
+def unrecorded(model: nn.Module) -> nn.Module:
+    """Return the model with stages that run their blocks."""
+    for module in model.modules():
+        if isinstance(module, FusedBlocks):
+            module.__class__ = nn.Sequential
+    return model
+
+
+def exact(model: nn.Module, x: Tensor) -> Tensor:
+    return unrecorded(copy.deepcopy(model))(x)
+
+
+def image(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 40, 33)
+
+
+def assert_recorded(model: nn.Module, runs: list[_recording.Text], stages: int) -> None:
+    """The third call and those after it are of recordings, one for each stage."""
+    for _ in range(2):
+        model(image())
+    assert not runs
+    for _ in range(2):
+        x = image()
+        runs.clear()
+        assert torch.equal(model(x), exact(model, x))
+        assert len(runs) == stages
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OWN)
+def test_stages_are_recorded(name, runs):
+    model = fused(name)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        runs.clear()
+        assert_recorded(twin, runs, STAGES[name])
+
+
+@torch.no_grad()
+@pytest.mark.parity
+@pytest.mark.parametrize("block", ["Bottleneck", "BasicBlock"])
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_resnets_of_peers_are_recorded(library, block, runs):
+    module = peers.torchvision_module("models.resnet")
+    if library == "timm":
+        module = peers.timm().models.resnet
+    model = randomize(module.ResNet(getattr(module, block), (2, 3, 1, 1), num_classes=5)).eval()
+    assert_recorded(vertebra.fuse(model), runs, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parity
+def test_a_regnet_of_torchvision_is_recorded(runs):
+    regnet = peers.torchvision_module("models.regnet")
+    blocks = regnet.BlockParams([1, 3], [8, 16], [4, 4], [1.0, 1.0], [2, 2], se_ratio=0.25)
+    model = randomize(regnet.RegNet(blocks, num_classes=5)).eval()
+    assert_recorded(vertebra.fuse(model), runs, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "sums", "gates"), [("resnet", 5, 0), ("basic", 3, 0), ("regnet", 4, 4)]
+)
+def test_sums_and_gates_are_written_in_place(name, sums, gates, runs):
+    """All but one: a stage has what it is given from somebody else."""
+    model = fused(name)
+    for _ in range(3):
+        model(image())
+    called = [str(call.op) for text in runs for call in text.calls]
+    in_place = called.count("mkldnn._convolution_pointwise_.binary")
+    assert in_place + called.count("mkldnn._convolution_pointwise.binary") == sums
+    assert in_place == (2 if name == "basic" else sums)  # the others begin with a projection
+    assert called.count("aten.mul_.Tensor") == gates
+    assert called.count("aten.mul.Tensor") == 0
+
+
+class Recorder(nn.Module):
+    """Stands in the place of a module, and keeps what goes in and out."""
+
+    def __init__(self, module: nn.Module, seen: Seen) -> None:
+        super().__init__()
+        self.module, self.seen = module, seen
+
+    def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        self.seen.append(x)
+        y = self.module(x, *rest, **options)
+        self.seen.append(y)
+        return y
+
+
+def _hook(module: nn.Module, seen: Seen) -> None:
+    module.register_forward_hook(lambda _, __, y: seen.append(y))
+
+
+def _pre_hook(module: nn.Module, seen: Seen) -> None:
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+
+def _views(module: nn.Module, seen: Seen) -> None:
+    def keep(_: nn.Module, __: Any, y: Tensor) -> None:
+        seen.append(y.detach()[:1])
+
+    module.register_forward_hook(keep)
+
+
+def _patch(module: nn.Module, seen: Seen) -> None:
+    forward = module.forward
+
+    def keeping(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append(x)
+        return forward(x, *rest, **options)
+
+    module.forward = keeping  # pyright: ignore[reportAttributeAccessIssue]
+
+
+WATCHERS = {"hook": _hook, "pre-hook": _pre_hook, "views": _views, "patch": _patch}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [*WATCHERS, "recorder"])
+@pytest.mark.parametrize("name", ["resnet", "regnet"])
+def test_who_watches_sees_all(name, how):
+    """Whatever watches any module of a network, also of a recorded one, sees and keeps the same."""
+    x, model = image(), fused(name)
+    last = [path for path, m in model.named_modules() if isinstance(m, FusedBlocks)][-1]
+    for path in [path for path, _ in model.named_modules() if path.startswith(last)]:
+        kept: list[Seen] = []
+        for watched in (copy.deepcopy(model), unrecorded(copy.deepcopy(model))):
+            seen: Seen = []
+            for _ in range(3):
+                watched(x)
+            if how == "recorder":
+                parent, _, child = path.rpartition(".")
+                module = watched.get_submodule(path)
+                setattr(watched.get_submodule(parent), child, Recorder(module, seen))
+            else:
+                WATCHERS[how](watched.get_submodule(path), seen)
+            for _ in range(3):
+                watched(x)
+            kept.append(seen)
+        for found, wanted in zip(*kept, strict=True):
+            assert torch.equal(found, wanted), path
+
+
+def _stage(model: nn.Module) -> FusedBlocks:
+    return [m for m in model.modules() if isinstance(m, FusedBlocks)][-1]
+
+
+def _conv(model: nn.Module) -> Any:
+    convs = (m for m in _stage(model).modules() if isinstance(m, nn.Conv2d))
+    return next(conv for conv in convs if conv.kernel_size == (3, 3))
+
+
+def _replace_weight(model: nn.Module) -> None:
+    conv = _conv(model)
+    conv.weight = nn.Parameter(torch.randn_like(conv.weight), requires_grad=False)
+
+
+def _write_weight(model: nn.Module) -> None:
+    _conv(model).weight.mul_(2)
+
+
+def _point_weight_elsewhere(model: nn.Module) -> None:
+    conv = _conv(model)
+    conv.weight.data = torch.randn_like(conv.weight)
+
+
+def _load(model: nn.Module) -> None:
+    model.load_state_dict({key: v + 0.5 for key, v in model.state_dict().items()})
+
+
+def _replace_activation(model: nn.Module) -> None:
+    for block in model.modules():
+        for name, child in block.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(block, name, nn.SiLU())
+
+
+def _set_attribute(model: nn.Module) -> None:
+    _conv(model).padding_mode = "circular"
+
+
+def _replace_block(model: nn.Module) -> None:
+    stage = _stage(model)
+    stage[len(stage) - 1] = nn.Sequential(nn.ReLU())
+
+
+def _append_block(model: nn.Module) -> None:
+    _stage(model).append(nn.Tanh())
+
+
+def _double(model: nn.Module) -> None:
+    model.double()
+
+
+CHANGES = {
+    f.__name__.strip("_"): f
+    for f in (
+        *(_replace_weight, _write_weight, _point_weight_elsewhere, _load, _replace_activation),
+        *(_set_attribute, _replace_block, _append_block, _double),
+    )
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("name", ["resnet", "regnet"])
+def test_whatever_changes_is_heeded(name, change, runs):
+    model, x = fused(name), image()
+    for _ in range(3):
+        before = model(x)
+    torch.manual_seed(1)
+    change(model)
+    x = x.to(next(model.parameters()).dtype)
+    wanted = exact(model, x)
+    assert not torch.equal(wanted, before.to(x.dtype))
+    for _ in range(4):
+        assert torch.equal(model(x), wanted)
+    runs.clear()
+    model(x)
+    assert bool(runs) == (change is not _double)  # oneDNN has no float64
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+def test_whoever_looks_on_sees_the_modules(runs):
+    """Modes, hooks on all modules, `explain`: none of them meets a recording."""
+    model, x = fused("resnet"), image()
+    for _ in range(3):
+        wanted = model(x)
+    runs.clear()
+    called: list[str] = []
+    handle = register_module_forward_hook(lambda m, *_: called.append(type(m).__name__))
+    assert torch.equal(model(x), wanted)
+    handle.remove()
+    assert called.count("Bottleneck") == 5
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(model(x), wanted)
+    assert counter.get_total_flops() > 0
+    paths = {site.path for site in vertebra.explain(model, x)}
+    assert "onednn" in paths
+    with vertebra.backend("eager"):
+        model(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    with torch.enable_grad():
+        y = model(x.clone().requires_grad_())
+        assert y.requires_grad
+    assert not runs
+    assert torch.equal(model(x), wanted)
+    assert runs
+
+
+@torch.no_grad()
+def test_parameters_that_want_gradients_get_them(runs):
+    model, x = fused("resnet"), image()
+    model.requires_grad_(True)
+    with torch.enable_grad():
+        for _ in range(4):
+            model.zero_grad()
+            model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not runs
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_modes_of_autograd(mode, runs):
+    model, x = fused("resnet"), image()
+    for _ in range(3):
+        model(x)
+    runs.clear()
+    with mode():
+        for _ in range(3):
+            y = model(image())
+    assert y.is_inference() == (mode is torch.inference_mode)
+    assert runs
+
+
+@torch.no_grad()
+def test_a_stage_keeps_what_it_is_given(runs):
+    model = fused("resnet")
+    stage = _stage(model)
+    for _ in range(4):
+        x = torch.randn(2, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+        before = x.clone()
+        assert torch.equal(stage(x), exact(stage, before))
+        assert torch.equal(x, before)
+    assert runs
+
+
+@torch.no_grad()
+def test_few_shapes_are_recorded(runs):
+    model = fused("basic")
+    for n in range(1, _recorded._MOST_SHAPES + 1):
+        for _ in range(3):
+            model(image(n))
+    assert len(runs) == _recorded._MOST_SHAPES
+    runs.clear()
+    model(image(9)), model(image(1))  # the ninth makes room for itself
+    assert not runs
+    for n in range(1, 3 * _recorded._MOST_SHAPES):
+        for _ in range(2):
+            x = image(n)
+            assert torch.equal(model(x), exact(model, x))
+    (kept,) = [_recorded._of[m] for m in model.modules() if m in _recorded._of]
+    assert len([*kept._signatures]) <= _recorded._MOST_SHAPES
+
+
+@torch.no_grad()
+def test_a_stage_and_its_weights_die_with_the_model(runs):
+    model = fused("resnet")
+    for _ in range(3):
+        model(image())
+    held = [weakref.ref(m) for m in model.modules()] + [weakref.ref(p) for p in model.parameters()]
+    runs.clear()
+    del model
+    gc.collect()
+    assert not [ref for ref in held if ref() is not None]
+
+
+@torch.no_grad()
+def test_threads_share_a_model():
+    model = fused("resnet")
+    images = [image(n) for n in (1, 2, 1, 2)]
+    wanted = [exact(model, x) for x in images]
+    failed: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            failed.extend(i for _ in range(20) if not torch.equal(model(images[i]), wanted[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
