@@ -50,7 +50,18 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
     ),
     "SE-ResNet": (
         lambda: resnet(attn_layer="se"),
-        {"batch_norm_act_pool": 1, "squeeze_excite": 2, "global_avg_pool": 1},
+        # two gates behind the last convolutions of blocks, which read their maps once
+        {
+            **{"batch_norm_act_pool": 1, "conv2d_act_pool": 2, "squeeze_excite": 2},
+            "global_avg_pool": 1,
+        },
+    ),
+    "SE-ResNet, basic, silu": (
+        lambda: resnet(block="basic", attn_layer="se", act_layer="silu"),
+        {
+            **{"batch_norm_act_pool": 1, "conv2d_act_pool": 2, "squeeze_excite": 2},
+            "global_avg_pool": 1,
+        },
     ),
 }
 PEERS = {

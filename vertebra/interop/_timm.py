@@ -21,7 +21,7 @@ from ..nn import (
     LayerScale2d,
     SqueezeExcite,
     Unit,
-    attn_act,
+    conv_attn_act,
     conv_norm_act,
     excited,
 )
@@ -160,8 +160,7 @@ def _end(
     """Return what a block of a ResNet makes of the input of its last convolution."""
     if block.se is None:
         return conv_norm_act(conv, norm, x, act, shortcut, drop=block.drop_path)
-    x = conv_norm_act(conv, norm, x)
-    return attn_act(block.se, x, act, shortcut, block.drop_path)
+    return conv_attn_act(conv, norm, x, block.se, act, shortcut, block.drop_path)
 
 
 @accelerates("timm.models.resnet.BasicBlock", _has_other_norms, forward="4651704b6f10")

@@ -1,7 +1,7 @@
 """Modules over the ops: timm's signatures and `state_dict` keys; norms subclass torch's."""
 
 from ._act import ActLayer, create_act
-from ._attn import AttnLayer, attn_act, create_attn
+from ._attn import AttnLayer, conv_attn_act, create_attn
 from .blur_pool import AaLayer, BlurPool2d, create_aa, create_aa_max_pool
 from .checkpoint import CheckpointSequential
 from .conv_norm_act import (
@@ -68,7 +68,7 @@ __all__ = [
     "SqueezeExcite",
     "SyncBatchNormAct2d",
     "Unit",
-    "attn_act",
+    "conv_attn_act",
     "conv_norm_act",
     "convert_sync_batchnorm",
     "create_aa",

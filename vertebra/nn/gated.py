@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..kernels import squeeze_gate
+from ..kernels import squeeze_excite, squeeze_gate
 from ..kernels._op import has_kernels
 from ..kernels.batch_norm_act_pool import bias_act_pool
 from ._act import fusible_act, fusible_gate, has_hooks
@@ -68,17 +68,15 @@ def excited(
         drop: before the add.
         pool: follows the activation.
     """
-    layers = None if not _has_ours(x) or has_hooks(se) else _call(se, "excitation")
+    fcs = _fcs(se, x)
     before, behind = _unit(first), _unit(last)
-    if layers is None or before is None or behind is None:
+    if fcs is None or before is None or behind is None:
         return None
     behind = behind._replace(
         act=behind.act if act is None else act, drop=behind.drop if drop is None else drop
     )
     ends = _end(before), _end(behind)
-    functions = fusible_act(layers.act), fusible_gate(layers.gate)
-    fcs: list[Any] = [layers.fc1, layers.fc2]
-    if None in ends or None in functions or not all(is_plain(fc) for fc in fcs):
+    if None in ends:
         return None
     conv, last_conv = before.conv, behind.conv
     assert isinstance(conv, FusedConv2d)
@@ -87,9 +85,46 @@ def excited(
     if found is None:
         return None
     y, shares = found
-    of_fcs = [t for fc in fcs for t in (fc.weight, fc.bias)]
-    gate = squeeze_gate(shares, *of_fcs, *map(str, functions))
+    gate = squeeze_gate(shares, *fcs)
     return conv_act_pool(last_conv, y, residual, str(ends[1]), pool, gate)
+
+
+def excited_last(
+    last: Unit, se: nn.Module, x: Tensor, residual: Tensor, act: nn.Module
+) -> Tensor | None:
+    """Return `act(se(last(x)) + residual)`, None where `last` does not leave the means for `se`."""
+    fcs, end, tail = _fcs(se, x), _end(last), fusible_act(act)
+    if fcs is None or end is None or tail is None:
+        return None
+    conv: Any = last.conv
+    found = conv.by_image(x, None, end)
+    if found is None:
+        return None
+    y, shares = found
+    return squeeze_excite(y, *fcs[:4], residual, *fcs[4:], tail, shares)
+
+
+class _Fcs(NamedTuple):
+    """The arguments of `squeeze_gate` after the first."""
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    act: str
+    gate: str
+
+
+def _fcs(se: nn.Module, x: Tensor) -> _Fcs | None:
+    """Return what a kernel of ours has to know of `se`, None if none may run it."""
+    layers = None if not _has_ours(x) or has_hooks(se) else _call(se, "excitation")
+    if layers is None:
+        return None
+    act, gate = fusible_act(layers.act), fusible_gate(layers.gate)
+    fc1, fc2 = layers.fc1, layers.fc2
+    if act is None or gate is None or not (is_plain(fc1) and is_plain(fc2)):
+        return None
+    return _Fcs(fc1.weight, fc1.bias, fc2.weight, fc2.bias, act, gate)
 
 
 def _unit(module: nn.Module) -> Unit | None:
