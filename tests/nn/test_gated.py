@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
     "RegNetX": (lambda: regnet(layer_type="x"), {"conv2d_act_pool": 1}),
     "RegNetY with a neck": (
         lambda: regnet(linear_out=True, num_features=24),
-        {"conv2d_act_pool": 4, "squeeze_gate": 2, "global_avg_pool": 1},
+        {"conv2d_act_pool": 5, "squeeze_gate": 2},
     ),
     "ResNet-50": (resnet, {"batch_norm_act_pool": 1, "conv2d_act_pool": 1}),
     "ResNet-18": (

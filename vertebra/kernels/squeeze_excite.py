@@ -17,9 +17,9 @@ Shapes   x, residual, y (N, C, H, W); fc1_weight (R, C), fc2_weight (C, R), or (
 Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; weights and biases as x or fp32; shares,
          means, fcs, gates and sums in fp32 (fp64 for fp64), one rounding, to y
 Layout   any strides; y keeps x's memory format
-Bytes    forward: x twice, with shares once, residual and y once. backward: dy twice, x, dx; with out_act x twice;
-         with out_act and residual dresidual takes the place of dy in the second pass and is written
-         in the first, which also reads y (relu) or residual (other activations)
+Bytes    forward: x twice, with shares once, residual and y once. backward: dy twice, x, dx; with
+         out_act x twice; with out_act and residual dresidual takes the place of dy in the second
+         pass and is written in the first, which also reads y (relu) or residual (other activations)
 Saves    x, the weights, s, u and v; y for relu with a residual (the next layer keeps it anyway),
          residual for other activations with one
 Raises   ValueError, TypeError: rank, shape, device or dtype of an argument; unknown act, gate or

@@ -323,6 +323,10 @@ class RegNet(Network):
     def forward_neck(self, x: Tensor) -> Tensor:
         return x if self.final_conv is None else self.final_conv(x)
 
+    def neck_unit(self) -> Unit | None:
+        neck = self.final_conv
+        return neck.unit() if isinstance(neck, _ConvNormAct) and not has_hooks(neck) else None
+
     @property
     def has_neck(self) -> bool:
         return self.final_conv is not None

@@ -17,7 +17,7 @@ from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .eca import EcaModule
 from .freeze import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from .fused import FusedConv2d, FusedLinear, is_fused
-from .gated import Excitation, Unit, ends_in_pool, excited, run_into_pool
+from .gated import Excitation, Unit, ends_in_pool, excited, run_into_pool, takes_pool
 from .global_avg_pool import GlobalAvgPool2d
 from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
@@ -87,5 +87,6 @@ __all__ = [
     "pooled_channels",
     "run_into_pool",
     "takes_add",
+    "takes_pool",
     "unfreeze_batch_norm_2d",
 ]

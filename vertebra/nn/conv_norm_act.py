@@ -22,7 +22,8 @@ ConvNorms = tuple[tuple[str, str], ...]
 
 # The modules that a block's input passes through, outermost first, to the convolution that reads
 # it, where nothing but the add of the block's last convolution does so afterwards: its class's
-# INPUT_READERS, which `FusedBlocks` goes by.
+# INPUT_READERS, which `FusedBlocks` goes by. Where an `nn.Identity` passes the input on to the add,
+# the class's SHORTCUT is its name.
 InputReaders = tuple[str, ...]
 
 Padding = str | int | tuple[int, int] | None

@@ -61,6 +61,9 @@ def _is_private(x: Tensor, block: nn.Module) -> bool:
     storage = x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     if _storage_uses(storage) != 2:  # x, and what asks
         return False
+    shortcut = vars(block)["_modules"].get(getattr(type(block), "SHORTCUT", ""))
+    if shortcut is not None and (type(shortcut) is not nn.Identity or has_hooks(shortcut)):
+        return False
     readers: InputReaders = getattr(type(block), "INPUT_READERS", ())
     module: Any = block
     for name in readers:
@@ -84,7 +87,7 @@ def passes_on(sequence: nn.Module) -> bool:
     """Return whether `sequence` just runs residual blocks one after the other."""
     runs = (nn.Sequential.forward, CheckpointSequential.forward)
     return (
-        type(sequence).forward in runs
+        (type(sequence).forward in runs or hasattr(type(sequence), "RUNS_IN_ROW"))
         and len(vars(sequence)["_modules"]) > 1
         and all(hasattr(type(block), "INPUT_READERS") for block in sequence.children())
     )

@@ -193,21 +193,38 @@ def ends_in_pool(stage: nn.Module, pool: nn.Module, x: Tensor) -> bool:
     A block that can says by a method `last_unit()` which one that is, and takes the pool as an
     argument.
     """
-    if (
-        not _has_ours(x)
-        or not (isinstance(stage, nn.Sequential) and len(stage))
-        or has_hooks(stage)
-    ):
+    if not _has_ours(x) or has_hooks(stage) or getattr(stage, "grad_checkpointing", False):
         return False
-    if getattr(stage, "grad_checkpointing", False) or not is_mean(pool) or has_hooks(stage[-1]):
+    last = _blocks(stage)[-1:]
+    if not last or has_hooks(last[0]):
         return False
-    unit: Unit | None = _call(stage[-1], "last_unit")
-    return unit is not None and _end(unit) is not None
+    return takes_pool(_call(last[0], "last_unit"), pool, x)
+
+
+def takes_pool(unit: Unit | None, pool: nn.Module, x: Tensor) -> bool:
+    """Return whether `conv_norm_act` may run a convolution and the pool behind it as one op.
+
+    Args:
+        unit: the convolution and what is between; None for what is not known.
+        pool: the pool.
+        x: on what all runs, for its device.
+    """
+    return unit is not None and _has_ours(x) and is_mean(pool) and _end(unit) is not None
+
+
+def _blocks(stage: nn.Module) -> list[nn.Module]:
+    """Return what a stage runs one after the other, nothing if that is not known.
+
+    A stage that is no sequence says by RUNS_IN_ROW that it calls its children in order.
+    """
+    if isinstance(stage, nn.Sequential):
+        return [*stage]
+    return [*stage.children()] if hasattr(type(stage), "RUNS_IN_ROW") else []
 
 
 def run_into_pool(stage: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     """Return `pool(stage(x))`, the pool run by the last block of the stage."""
-    blocks: list[Any] = list(stage.children())
-    for block in blocks[:-1]:
+    *blocks, last = _blocks(stage)
+    for block in blocks:
         x = block(x)
-    return blocks[-1](x, pool)
+    return last(x, pool)

@@ -165,7 +165,8 @@ def _shared(base: Case) -> Iterator[Case]:
     """Yield cases whose means are given: every type, layout, one part and many, without a tail."""
     for dtype, layout in itertools.product((*DTYPES, torch.float64), ("nchw", "nhwc")):
         yield replace(base, dtype=dtype, layout=layout, options=(*FULL, *SHARES))
-    for shape, layout in itertools.product(((3, 17, 7, 7), (9, 24, 7, 7), (2, 12, 19, 23)), LAYOUTS):
+    shapes = ((3, 17, 7, 7), (9, 24, 7, 7), (2, 12, 19, 23))
+    for shape, layout in itertools.product(shapes, LAYOUTS):
         yield replace(base, shape=shape, layout=layout, act="silu", options=(*FULL, *SHARES))
     yield replace(base, act="none", options=(*SHARES, "hard", "gelu"))
 
