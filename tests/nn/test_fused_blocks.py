@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vertebra
 from vertebra.bench import peers
+from vertebra.bench.small import Logits
 from vertebra.kernels import _spare
 from vertebra.models import RegNet, ResNet
 from vertebra.models._regnet_config import RegNetConfig
@@ -71,9 +72,29 @@ OWN: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+def timm_regnet() -> nn.Module:
+    regnet = peers.timm().models.regnet
+    shape = {"depth": 6, "w0": 8, "wa": 8, "wm": 2.0, "group_size": 4, "stem_width": 8}
+    return regnet.RegNet(regnet.RegNetCfg(**shape, se_ratio=0.0), num_classes=5)
+
+
+def transformers_resnet() -> nn.Module:
+    transformers = peers.transformers()
+    shape = {"hidden_sizes": [16, 24], "depths": [1, 3], "num_labels": 5, "embedding_size": 8}
+    config = transformers.ResNetConfig(layer_type="bottleneck", **shape)
+    return Logits(transformers.ResNetForImageClassification(config))
+
+
+PEERS: dict[str, Callable[[], nn.Module]] = {  # whose shortcuts are modules
+    "timm": timm_regnet,
+    "transformers": transformers_resnet,
+}
+
+
 def fused(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return vertebra.fuse(randomize(OWN[name][0]()).eval())
+    build = PEERS[name] if name in PEERS else OWN[name][0]
+    return vertebra.fuse(randomize(build()).eval())
 
 
 def exact(model: nn.Module, x: Tensor) -> Tensor:
@@ -99,27 +120,6 @@ def test_all_but_the_first_block_overwrite(name, overwritten):
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         overwritten.clear()
         assert_overwrites(twin, overwritten, OWN[name][1])
-
-
-@torch.no_grad()
-@pytest.mark.parity
-@pytest.mark.parametrize("block", ["Bottleneck", "BasicBlock"])
-@pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_blocks_of_peers_overwrite(library, block, overwritten):
-    module = peers.torchvision_module("models.resnet")
-    if library == "timm":
-        module = peers.timm().models.resnet
-    model = randomize(module.ResNet(getattr(module, block), (2, 3, 1, 1), num_classes=5)).eval()
-    assert_overwrites(vertebra.fuse(model), overwritten, 3)
-
-
-@torch.no_grad()
-@pytest.mark.parity
-def test_a_regnet_of_torchvision_overwrites(overwritten):
-    regnet = peers.torchvision_module("models.regnet")
-    blocks = regnet.BlockParams([1, 3], [8, 16], [4, 4], [1.0, 1.0], [2, 2], se_ratio=0.25)
-    model = randomize(regnet.RegNet(blocks, num_classes=5)).eval()
-    assert_overwrites(vertebra.fuse(model), overwritten, 2)
 
 
 def assert_overwrites(model: nn.Module, overwritten: list[int], times: int) -> None:
@@ -173,9 +173,14 @@ WATCHERS = {"hook": _hook, "pre-hook": _pre_hook, "views": _views, "patch": _pat
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", [*WATCHERS, "recorder"])
-@pytest.mark.parametrize("name", ["resnet", "regnet"])
-def test_what_somebody_keeps_stays(name, how):
+@pytest.mark.parametrize(
+    "name",
+    ["resnet", "regnet", *(pytest.param(name, marks=pytest.mark.parity) for name in PEERS)],
+)
+def test_what_somebody_keeps_stays(name, how, request):
     """Whatever watches any module of a network, it has kept what it would have without offers."""
+    if name in PEERS:
+        request.getfixturevalue(name)
     x, model = image(), fused(name)
     last = [path for path, m in model.named_modules() if isinstance(m, FusedBlocks)][-1]
     for path in [path for path, _ in model.named_modules() if path.startswith(last)]:

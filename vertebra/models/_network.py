@@ -219,9 +219,8 @@ class Network(nn.Module):
                 return self._read_out(self._forward_into_pool(last, x))
             if neck is not None and takes_pool(neck, pool, x):
                 conv, norm, act, _ = neck
-                return self._read_out(
-                    conv_norm_act(conv, norm, self._run_stages(x), act, pool=pool)
-                )
+                x = self._run_stages(x)
+                return self._read_out(conv_norm_act(conv, norm, x, act, pool=pool))
         return self.forward_head(self.forward_features(x))
 
     def _forward_into_pool(self, last: nn.Module, x: Tensor) -> Tensor:
