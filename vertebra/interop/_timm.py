@@ -338,13 +338,14 @@ class _RegNetBottleneck(Layered):
         return self.act3(drop_add(self.drop_path, self.conv3(y), shortcut))
 
 
-@accelerates("timm.models.regnet.RegStage", forward="c51d3ecf6124")
+@accelerates("timm.models.regnet.RegStage", for_fused=True, forward="c51d3ecf6124")
 class _RegStage:
     RUNS_IN_ROW = True
 
 
 @accelerates(
     "timm.models.regnet.RegNet",
+    for_fused=True,
     forward="eff6df9c6f1b",
     forward_features="b0f71b7442ee",
     forward_head="936f8dc3d0b2",
@@ -374,8 +375,10 @@ class _RegNet:
         return self.forward_head(x)
 
 
-@accelerates("timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d", forward="dca49f3c5957")
-@accelerates("timm.layers.classifier.ClassifierHead", forward="a8032c8d0974")
+@accelerates(
+    "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d", for_fused=True, forward="dca49f3c5957"
+)
+@accelerates("timm.layers.classifier.ClassifierHead", for_fused=True, forward="a8032c8d0974")
 class _StartsWithPool:
     """Runs its pool before anything else, and on a map of one pixel to no effect if it is a mean.
 

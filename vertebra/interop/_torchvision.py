@@ -161,7 +161,7 @@ class _ResBottleneckBlock(Layered):
         return x if self.proj is None else self.proj(x)
 
 
-@accelerates("torchvision.models.regnet.RegNet", forward="63fd38b79d8e")
+@accelerates("torchvision.models.regnet.RegNet", for_fused=True, forward="63fd38b79d8e")
 class _RegNet:
     stem: nn.Module
     trunk_output: nn.Module

@@ -33,7 +33,10 @@ R = TypeVar("R", bound=type)
 
 
 def _accelerates(
-    forward: str, *classes: str, refuses: Refuses = lambda module: None
+    forward: str,
+    *classes: str,
+    refuses: Refuses = lambda module: None,
+    for_fused: bool = False,
 ) -> Callable[[R], R]:
     """Make a class the recipe for `classes` of transformers' models, which all read as `forward`.
 
@@ -42,7 +45,8 @@ def _accelerates(
 
     def register(mixin: R) -> R:
         for name in classes:
-            accelerates(f"transformers.models.{name}", refuses, forward=forward)(mixin)
+            path = f"transformers.models.{name}"
+            accelerates(path, refuses, for_fused=for_fused, forward=forward)(mixin)
         return mixin
 
     return register
@@ -188,6 +192,7 @@ class _RegNetSELayer(nn.Module):
     "resnet.modeling_resnet.ResNetStage",
     "rt_detr.modeling_rt_detr_resnet.RTDetrResNetStage",
     "regnet.modeling_regnet.RegNetStage",
+    for_fused=True,
 )
 class _Stage(nn.Module):
     """Calls its layers as one, which may run them by pairs, where transformers may call each."""
@@ -215,6 +220,7 @@ def _has_other_backbone(model: Any) -> str | None:
     "resnet.modeling_resnet.ResNetForImageClassification",
     "regnet.modeling_regnet.RegNetForImageClassification",
     refuses=_has_other_backbone,
+    for_fused=True,
 )
 class _ForImageClassification(nn.Module):
     """Asks the last convolution for the means of its map, where nobody asks for the map."""

@@ -25,7 +25,7 @@ from ..nn.norm_act import FrozenBatchNorm2d, FusesAct, is_bare
 from ..nn.sync import SyncBatchNormAct2d
 from ._fold import fold, fold_image, scale_of
 from ._swap import Swapped, path_of
-from .accelerate import Site, accelerate
+from .accelerate import Site, swap_all
 
 Values = float | Sequence[float]
 
@@ -75,7 +75,7 @@ def fuse(
     _check_mode(model)
     _check_device(model, cuda_graph)
     image = _image_values(mean, std)
-    fused = accelerate(copy.deepcopy(model)).requires_grad_(False)
+    fused = swap_all(copy.deepcopy(model), fused=True).requires_grad_(False)
     users = _Users(fused)
     for pair in list(_pairs(fused)):
         if _refuses_pair(pair, users) is None:
