@@ -141,6 +141,7 @@ REGNETS: dict[str, dict[str, Any]] = {
     "y, silu, dropping": {"layer_type": "y", "act_layer": "silu", "drop_path_rate": 0.2},
     "averaged, linear": {"downsample": "avg", "linear_out": True, "num_features": 24},
     "before": {"preact": True},
+    "before, excited": {"preact": True, "layer_type": "y", "act_layer": "silu"},
     "dilated": {"output_stride": 8},
 }
 CONVNEXTS: dict[str, dict[str, Any]] = {
@@ -185,6 +186,39 @@ def test_our_networks(name, path):
 @pytest.mark.parametrize("name", ["resnet: grouped", "regnet: y", "convnext: v1"])
 def test_bf16(name, path):
     assert_fused(own(name).bfloat16(), image(3, 3, 40, 33, dtype=torch.bfloat16))
+
+
+def left(model: nn.Module) -> list[str]:
+    return [site.name for site in unfused(model)]
+
+
+def test_norms_before_convolutions():
+    """Of a RegNetV's block those behind an add and behind an excitation stay, and no other."""
+    fused = assert_fused(own("regnet: before, excited"), image(3, 3, 33, 40))
+    blocks = [f"trunk_output.block{i}.block{i}-{j}" for i, j in ((1, 0), (2, 0), (2, 1))]
+    assert left(fused) == [f"{block}.{norm}" for block in blocks for norm in ("norm", "f.c.0")]
+
+
+def test_who_watches_a_norm_before_a_convolution():
+    """It sees what it is promised: the map in between, normalised by now."""
+    model, x, seen = own("regnet: before, excited"), image(1, 3, 33, 40), []
+    fused = fuse(model)
+    layer = fused.get_submodule("trunk_output.block2.block2-1.f.b")
+    layer.register_forward_hook(lambda module, args, y: seen.append(args[0].shape))
+    assert not judge(model, x, answers(fused, x))
+    assert len(seen) == 1
+
+
+@pytest.mark.parity
+def test_norms_before_convolutions_of_timm(timm):
+    from timm.models.regnet import RegNet as TimmRegNet
+    from timm.models.regnet import RegNetCfg
+
+    shape = {"depth": 4, "w0": 8, "wa": 8, "wm": 1.7, "group_size": 4, "stem_width": 8}
+    model = TimmRegNet(RegNetCfg(**shape, se_ratio=0.25, preact=True, act_layer="silu"))
+    fused = assert_fused(randomize(model).eval(), image(3, 3, 33, 40))
+    norms = ("norm1", "norm3")
+    assert left(fused) == [f"s{i}.b1.{norm}" for i in (1, 2, 3, 4) for norm in norms]
 
 
 @pytest.mark.parity

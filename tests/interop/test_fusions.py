@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -142,21 +145,29 @@ def network(request: pytest.FixtureRequest) -> tuple[nn.Module, Saved]:
 # ------------------------------------------------------------------------------------- the table
 
 
-@torch.no_grad()
-def run(model: nn.Module, x: Tensor, path: Any) -> tuple[Tensor, Saved]:
-    """Return the logits, and what was saved but adds."""
-    excitations = pools = pairs = stems = 0
+@contextmanager
+def counting(path: Any) -> Generator[Counter[str]]:
+    """Run on a backend; yield what is saved, but adds."""
+    saved = Counter[str]()
 
     def note(call: Call) -> None:
-        nonlocal excitations, pools, pairs, stems
         name, args = call.op.name, call.args
-        excitations += name == "squeeze_gate" or (name == "squeeze_excite" and args[-1] is not None)
-        pools += name == "conv2d_act_pool" and not args[-2]
-        pairs += name == "conv2d_b2b"
-        stems += name == "batch_norm_act_pool"
+        with_shares = name == "squeeze_excite" and args[-1] is not None
+        saved["excitations"] += name == "squeeze_gate" or with_shares
+        saved["pools"] += name == "conv2d_act_pool" and not args[-2]
+        saved["pairs"] += name == "conv2d_b2b"
+        saved["stems"] += name == "batch_norm_act_pool"
 
     with vertebra.backend(path), observe(note):
-        return model(x), Saved(excitations, pools, pairs, stems)
+        yield saved
+
+
+@torch.no_grad()
+def run(model: nn.Module, x: Tensor, path: Any) -> tuple[Tensor, Saved]:
+    """Return the logits, and what was saved, but adds."""
+    with counting(path) as saved:
+        y = model(x)
+    return y, Saved(**saved)
 
 
 def assert_right(model: nn.Module, found: Tensor, x: Tensor) -> None:
@@ -174,7 +185,7 @@ def test_on_kernels_of_ours(network: tuple[nn.Module, Saved], device: torch.devi
     found, counted = run(fused, x, "triton")
     assert counted == saved._replace(adds=0)
     assert_right(model, found, x)
-    assert run(fused, x, "eager")[1] == Saved()
+    assert run(fused, x, "eager")[1]._replace(stems=0) == Saved()  # an op, which runs eagerly
 
 
 @pytest.fixture
@@ -207,3 +218,112 @@ def test_on_cpus(
     assert_right(model, found, x)
     monkeypatch.setattr(_spare, "take", lambda residual: False)
     assert torch.equal(run(fused, x, "auto")[0], found)
+
+
+# ---------------------------------------------------------------------- who watches, and who asks
+
+WATCHED = {  # what is between the last stage's map and the classifier, or holds that map
+    "torchvision: RegNetY": ("trunk_output", "trunk_output.block2", "trunk_output.block2.block2-0"),
+    "torchvision: RegNetX": ("avgpool", "trunk_output.block2.block2-0.f.c"),
+    "timm: ResNet basic": ("layer4", "layer4.0", "global_pool", "global_pool.pool"),
+    "timm: RegNetY": ("s4", "s4.b1", "s4.b1.conv3", "s4.b1.act3", "final_conv"),
+    "timm: RegNetX": ("head", "head.global_pool", "head.global_pool.pool"),
+    "timm: RegNetZ": ("final_conv", "final_conv.conv", "final_conv.bn", "head.global_pool"),
+    "transformers: ResNet basic": ("model.resnet", "model.resnet.encoder", "model.resnet.pooler"),
+    "transformers: RegNetY": (
+        "model.regnet.encoder.stages.1",
+        "model.regnet.encoder.stages.1.layers",
+    ),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_map_that_is_watched_is_there(name: str, device: torch.device, request: Any) -> None:
+    request.getfixturevalue(name.partition(":")[0])
+    model, x = (
+        randomize(NETWORKS[name][0]()).eval().to(device),
+        torch.randn(1, 3, 33, 40).to(device),
+    )
+    fused = fuse(model)
+    for path in WATCHED[name]:
+        seen: list[list[torch.Size]] = []
+
+        def note(module: nn.Module, args: Any, y: Any, seen: Any = seen) -> None:
+            tensors = (*args, y if isinstance(y, Tensor) else y[0])
+            seen.append([t.shape for t in tensors if isinstance(t, Tensor)])
+
+        hook = fused.get_submodule(path).register_forward_hook(note)
+        found, saved = run(fused, x, "triton")
+        run(fused, x, "eager")
+        hook.remove()
+        assert saved.pools == 0, path
+        assert len(seen) == 2, path
+        assert seen[0] == seen[1], path
+        assert_right(model, found, x)
+    assert run(fused, x, "triton")[1].pools == 1
+
+
+@torch.no_grad()
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["transformers: ResNet basic", "transformers: RegNetY"])
+def test_what_transformers_is_asked_for(name: str, device: torch.device, request: Any) -> None:
+    """States, a loss and tuples are as ever; the logits alone come without the last map."""
+    request.getfixturevalue("transformers")
+    own = randomize(NETWORKS[name][0]()).eval().to(device).model
+    fused, x = fuse(own), torch.randn(3, 3, 33, 40, device=device)
+    labels = torch.tensor([0, 2, 1], device=device)
+    asks: list[dict[str, Any]] = [
+        {},
+        {"output_hidden_states": True},
+        {"labels": labels},
+        {"return_dict": False},
+        {"return_dict": False, "output_hidden_states": True, "labels": labels},
+    ]
+    for ask in asks:
+        expected = own(x, **ask)
+        with counting("triton") as saved:
+            found = fused(pixel_values=x, **ask)
+        assert type(found) is type(expected)
+        assert saved["pools"] == (not ask)
+        if isinstance(found, dict):
+            assert list(found) == list(expected)
+            found, expected = found.to_tuple(), expected.to_tuple()  # pyright: ignore
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parity
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "fast", ""])
+def test_pools_of_timm(pool: str, timm: Any, device: torch.device) -> None:
+    """A mean is taken by the convolution; any other pool, and none, reads the map."""
+    resnet, x = timm.models.resnet, torch.randn(2, 3, 33, 40, device=device)
+    shape: dict[str, Any] = {"channels": (8, 8, 8, 8), "global_pool": pool}
+    classes = 5 if pool else 0
+    model = resnet.ResNet(resnet.BasicBlock, (1,) * 4, num_classes=classes, **shape)
+    model = randomize(model).eval().to(device)
+    found, saved = run(fuse(model), x, "triton")
+    assert saved.pools == (pool == "avg")
+    assert_right(model, found, x)
+
+
+@torch.no_grad()
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["timm: RegNetX", "transformers: ResNet bottleneck"])
+def test_they_are_modules_like_any_other(name: str, device: torch.device, request: Any) -> None:
+    request.getfixturevalue(name.partition(":")[0])
+    fused = fuse(randomize(NETWORKS[name][0]()).eval().to(device))
+    x = torch.randn(1, 3, 33, 40, device=device)
+    y, saved = run(fused, x, "triton")
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        again = run(twin, x, "triton")
+        assert torch.equal(again[0], y)
+        assert again[1] == saved
+    if name.startswith("timm"):
+        with vertebra.backend("triton"):
+            assert fused.forward_features(x).shape[2:] == (2, 2)
+            assert fused.forward_intermediates(x)[0].shape[2:] == (2, 2)
+            torch.testing.assert_close(torch.fx.symbolic_trace(fused)(x), y)
+    with vertebra.backend("triton"):
+        compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), y)

@@ -338,6 +338,28 @@ class _RegNetBottleneck(Layered):
         return self.act3(drop_add(self.drop_path, self.conv3(y), shortcut))
 
 
+@accelerates("timm.models.regnet.PreBottleneck", for_fused=True, forward="3289cce44952")
+class _RegNetPreBottleneck:
+    """RegNetV's: of its three norms the second comes right behind a convolution."""
+
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "norm2"),)
+    norm1: nn.Module
+    conv1: nn.Module
+    norm2: nn.Module
+    conv2: nn.Module
+    se: nn.Module
+    norm3: nn.Module
+    conv3: nn.Module
+    downsample: nn.Module | None
+    drop_path: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x)
+        y = self.se(self.conv2(conv_norm_act(self.conv1, self.norm2, x)))
+        y = self.conv3(self.norm3(y))
+        return y if self.downsample is None else drop_add(self.drop_path, y, self.downsample(x))
+
+
 @accelerates("timm.models.regnet.RegStage", for_fused=True, forward="c51d3ecf6124")
 class _RegStage:
     RUNS_IN_ROW = True

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -217,6 +217,26 @@ class ResBottleneckBlock(InParts, _Block):
         return self.activation(y)
 
 
+class PreActTransform(nn.Sequential):
+    """`c(se(b(a(x))))`, where b and c start with a norm and its activation; "x" has no `se`.
+
+    That of b comes right behind a convolution, which runs both of them after `vertebra.fuse`.
+    """
+
+    CONV_NORMS: ClassVar[ConvNorms] = (("a", "b.0"),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, *others = self
+        if has_hooks(b):
+            x = b(a(x))
+        else:
+            norm, act, conv = cast("_NormActConv", b)
+            x = conv(conv_norm_act(a, norm, x, act))
+        for layer in others:
+            x = layer(x)
+        return x
+
+
 class PreActBlock(_Block):
     """`drop_path(f(z)) + proj(z)` with z = act(norm(x)) and norms in f before its convolutions."""
 
@@ -231,7 +251,7 @@ class PreActBlock(_Block):
             "se": _squeeze_excite(config, width, block),
             "c": _NormActConv(config, _conv1x1(width, block.out_channels)),
         }
-        self.f = nn.Sequential()
+        self.f = PreActTransform()
         for name, layer in layers.items():
             if layer is not None:
                 self.f.add_module(name, layer)
