@@ -199,6 +199,15 @@ def test_norms_before_convolutions():
     assert left(fused) == [f"{block}.{norm}" for block in blocks for norm in ("norm", "f.c.0")]
 
 
+def test_norms_without_an_activation_before_convolutions():
+    """What torch puts in their place leaves the activation to the block."""
+    model, x = own("regnet: before, excited"), image(1, 3, 33, 40)
+    bare = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert not any(isinstance(module, BatchNormAct2d) for module in bare.modules())
+    assert not judge(model, x, answers(bare, x))
+    assert_fused(bare, x)
+
+
 def test_who_watches_a_norm_before_a_convolution():
     """It sees what it is promised: the map in between, normalised by now."""
     model, x, seen = own("regnet: before, excited"), image(1, 3, 33, 40), []
