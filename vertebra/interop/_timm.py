@@ -362,6 +362,8 @@ class _RegNetPreBottleneck:
 
 @accelerates("timm.models.regnet.RegStage", for_fused=True, forward="c51d3ecf6124")
 class _RegStage:
+    """Calls its blocks one after the other, as a sequence, which a fused one becomes."""
+
     RUNS_IN_ROW = True
 
 

@@ -84,7 +84,10 @@ def _is_known(module: Any) -> bool:
 
 
 def passes_on(sequence: nn.Module) -> bool:
-    """Return whether `sequence` just runs residual blocks one after the other."""
+    """Return whether `sequence` just runs residual blocks one after the other.
+
+    One that is no `nn.Sequential` says so by RUNS_IN_ROW.
+    """
     runs = (nn.Sequential.forward, CheckpointSequential.forward)
     return (
         (type(sequence).forward in runs or hasattr(type(sequence), "RUNS_IN_ROW"))
