@@ -2,11 +2,12 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -113,6 +114,39 @@ def eager_on_one_thread() -> Iterator[None]:
     with backend("eager"):
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def on_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU as it is outside of the tests: kernels are not interpreted."""
+    from vertebra import backend
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vertebra.kernels.") and hasattr(module, "INTERPRETED"):
+            monkeypatch.setattr(module, "INTERPRETED", False)
+    with backend("auto"):
+        yield
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The recordings (`vertebra.kernels._recording.Text`) that were run."""
+    from vertebra.kernels import _recording
+
+    found: list[Any] = []
+
+    class Noting(_recording.Text):
+        def compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
+            run = super().compiled()
+
+            def noting(x: torch.Tensor) -> torch.Tensor:
+                found.append(self)
+                return run(x)
+
+            return noting
+
+    monkeypatch.setattr(_recording, "Text", Noting)
+    return found
 
 
 @pytest.fixture

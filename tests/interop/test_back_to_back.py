@@ -86,37 +86,22 @@ def test_our_networks(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
-@pytest.mark.parametrize("features", [False, True])
-def test_resnets_of_peers(library: str, features: bool, request) -> None:
+def test_features_of_peers(library: str, request) -> None:
     peer = request.getfixturevalue(library)
     if library == "timm":
         resnet = peer.models.resnet
         model = resnet.ResNet(resnet.Bottleneck, (2, 3, 1, 1), channels=(8,) * 4, num_classes=5)
-        if features:
-            model = peer.models.FeatureListNet(model, out_indices=(1, 2, 3))
+        model = peer.models.FeatureListNet(model, out_indices=(1, 2, 3))
     else:
         resnet = peers.torchvision_module("models.resnet")
         model = resnet.ResNet(resnet.Bottleneck, (2, 3, 1, 1), num_classes=5)
-        if features:
-            utils = peers.torchvision_module("models._utils")
-            model = utils.IntermediateLayerGetter(model, {"layer1": "a", "layer2": "b"})
+        utils = peers.torchvision_module("models._utils")
+        model = utils.IntermediateLayerGetter(model, {"layer1": "a", "layer2": "b"})
     model = randomize(model).eval()
     x = torch.randn(SHAPE)
     y, ops = run(fuse(model), x)
     assert not judge(model, x, y)
     assert ops["conv2d_b2b"] == 3
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("options", [{}, {"se_ratio": 0.25}], ids=["x", "y"])
-def test_regnets_of_torchvision(options: dict[str, float], torchvision) -> None:
-    regnet = peers.torchvision_module("models.regnet")
-    blocks = regnet.BlockParams([1, 3, 1], [8, 16, 24], [8] * 3, [1.0] * 3, [2] * 3, **options)
-    model = randomize(regnet.RegNet(blocks, num_classes=5)).eval()
-    x = torch.randn(SHAPE)
-    y, ops = run(fuse(model), x)
-    assert not judge(model, x, y)
-    assert ops["conv2d_b2b"] == (0 if options else 2)
 
 
 @pytest.mark.parametrize(

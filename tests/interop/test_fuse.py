@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,16 +41,6 @@ from vertebra.testing.parity import randomize
 fuse_module: Any = sys.modules["vertebra.interop.fuse"]
 
 PATHS = ("eager", "onednn")
-
-
-@pytest.fixture
-def on_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU as it is outside of the tests: kernels are not interpreted."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vertebra.kernels.") and hasattr(module, "INTERPRETED"):
-            monkeypatch.setattr(module, "INTERPRETED", False)
-    with vertebra.backend("auto"):
-        yield
 
 
 @pytest.fixture(params=PATHS)
@@ -141,6 +130,7 @@ REGNETS: dict[str, dict[str, Any]] = {
     "y, silu, dropping": {"layer_type": "y", "act_layer": "silu", "drop_path_rate": 0.2},
     "averaged, linear": {"downsample": "avg", "linear_out": True, "num_features": 24},
     "before": {"preact": True},
+    "before, excited": {"preact": True, "layer_type": "y", "act_layer": "silu"},
     "dilated": {"output_stride": 8},
 }
 CONVNEXTS: dict[str, dict[str, Any]] = {
@@ -185,6 +175,48 @@ def test_our_networks(name, path):
 @pytest.mark.parametrize("name", ["resnet: grouped", "regnet: y", "convnext: v1"])
 def test_bf16(name, path):
     assert_fused(own(name).bfloat16(), image(3, 3, 40, 33, dtype=torch.bfloat16))
+
+
+def left(model: nn.Module) -> list[str]:
+    return [site.name for site in unfused(model)]
+
+
+def test_norms_before_convolutions():
+    """Of a RegNetV's block those behind an add and behind an excitation stay, and no other."""
+    fused = assert_fused(own("regnet: before, excited"), image(3, 3, 33, 40))
+    blocks = [f"trunk_output.block{i}.block{i}-{j}" for i, j in ((1, 0), (2, 0), (2, 1))]
+    assert left(fused) == [f"{block}.{norm}" for block in blocks for norm in ("norm", "f.c.0")]
+
+
+def test_norms_without_an_activation_before_convolutions():
+    """What torch puts in their place leaves the activation to the block."""
+    model, x = own("regnet: before, excited"), image(1, 3, 33, 40)
+    bare = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert not any(isinstance(module, BatchNormAct2d) for module in bare.modules())
+    assert not judge(model, x, answers(bare, x))
+    assert_fused(bare, x)
+
+
+def test_who_watches_a_norm_before_a_convolution():
+    """It sees what it is promised: the map in between, normalised by now."""
+    model, x, seen = own("regnet: before, excited"), image(1, 3, 33, 40), []
+    fused = fuse(model)
+    layer = fused.get_submodule("trunk_output.block2.block2-1.f.b")
+    layer.register_forward_hook(lambda module, args, y: seen.append(args[0].shape))
+    assert not judge(model, x, answers(fused, x))
+    assert len(seen) == 1
+
+
+@pytest.mark.parity
+def test_norms_before_convolutions_of_timm(timm):
+    from timm.models.regnet import RegNet as TimmRegNet
+    from timm.models.regnet import RegNetCfg
+
+    shape = {"depth": 4, "w0": 8, "wa": 8, "wm": 1.7, "group_size": 4, "stem_width": 8}
+    model = TimmRegNet(RegNetCfg(**shape, se_ratio=0.25, preact=True, act_layer="silu"))
+    fused = assert_fused(randomize(model).eval(), image(3, 3, 33, 40))
+    norms = ("norm1", "norm3")
+    assert left(fused) == [f"s{i}.b1.{norm}" for i in (1, 2, 3, 4) for norm in norms]
 
 
 @pytest.mark.parity

@@ -141,6 +141,27 @@ BAD_FCS = {
     "weight device": ({"fc1_weight": FC1.to("meta")}, ValueError, r"fc1_weight is on meta"),
     "activation": ({"act": "tanh"}, ValueError, r"act must be one of none, relu.*got 'tanh'"),
     "gate": ({"gate": "relu"}, ValueError, r"gate must be one of sigmoid, hard_sigmoid.*'relu'"),
+    "rank of shares": (
+        {"shares": torch.rand(2, 3)},
+        ValueError,
+        r"shares must have shape \(N, T, C\), got \(2, 3\); of means give s\[:, None\]",
+    ),
+    "shape of shares": (
+        {"shares": torch.rand(2, 1, 4)},
+        ValueError,
+        r"shares must have shape \(N, T, C\) and be torch.float32 .*; got \(2, 1, 4\)",
+    ),
+    "dtype of shares": (
+        {"shares": torch.rand(2, 1, 3).double()},
+        ValueError,
+        r"be torch.float32 .*got \(2, 1, 3\) and torch.float64; give those of x",
+    ),
+    "type of shares": ({"shares": torch.rand(2, 1, 3).half()}, TypeError, r"must be float32 or"),
+    "device of shares": (
+        {"shares": torch.rand(2, 1, 3, device="meta")},
+        ValueError,
+        r"shares are on meta and x on cpu",
+    ),
     "last activation": ({"out_act": "tanh"}, ValueError, r"out_act must be one of.*got 'tanh'"),
 }
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -18,16 +16,12 @@ from vertebra.kernels._act import ACTIVATIONS
 from vertebra.kernels._op import Call, observe
 from vertebra.testing.budget import assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("on_onednn")
+
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU as it is outside of the tests: kernels are not interpreted."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vertebra.kernels.") and hasattr(module, "INTERPRETED"):
-            monkeypatch.setattr(module, "INTERPRETED", False)
+def _nothing_packed() -> None:
     _onednn._packed.clear()
-    with backend("auto"):
-        yield
 
 
 def frozen(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -13,7 +13,7 @@ from vertebra.kernels._triton._launch import captured
 from vertebra.kernels._triton._tile import processors
 from vertebra.testing import aot
 from vertebra.testing.cases import cases, example
-from vertebra.testing.cases.squeeze_excite import REGNETY, STEM
+from vertebra.testing.cases.squeeze_excite import REGNETY, SHARES, STEM
 from vertebra.testing.contract import leaves_of
 
 H100 = processors(torch.device("meta"))
@@ -32,6 +32,22 @@ def test_launches(act: str, options: tuple[str, ...], device: torch.device) -> N
         y.backward(inputs["dy"])
     assert len(forward) == 3
     assert len(backward) == (3 if "frozen" in options else 4)
+
+
+def test_shares_save_a_launch(device: torch.device) -> None:
+    """Nobody reads x for its means; and what wants a gradient of the means runs the definition."""
+    case = example("squeeze_excite", options=("bias", "residual", *SHARES))
+    inputs = case.inputs(device)
+    with captured() as launches:
+        case.run(inputs)
+    assert [launch.kernel.__name__ for launch in launches] == ["_squeeze_kernel", "_scale_kernel"]
+    shares = inputs["shares"]
+    assert shares is not None
+    inputs["shares"] = shares.requires_grad_()
+    with backend("triton"), pytest.raises(NotImplementedError, match="a gradient is wanted"):
+        case.run(inputs)
+    (found,) = torch.autograd.grad(case.run(inputs)["y"].square().sum(), shares)
+    assert found.abs().sum() > 0
 
 
 def test_nothing_is_kept_without_a_gradient(device: torch.device) -> None:

@@ -34,6 +34,7 @@ def test_traffic_is_what_the_launches_touch(case: Case) -> None:
         ("layer_norm_2d", "none", ("affine",), (2 + ROWS, 4 + ROWS), (3 + ROWS, 3 + ROWS)),
         ("squeeze_excite", "relu", ("bias",), (3, 5), (5, 13)),
         ("squeeze_excite", "relu", ("bias", "residual"), (4, 8), (6, 13)),
+        ("squeeze_excite", "relu", ("bias", "residual", "shares", "inference"), (3, 7), (0, 0)),
         ("squeeze_excite", "none", ("bias",), (3, 3), (4, 10)),
         ("squeeze_excite", "none", ("bias", "residual"), (4, 6), (4, 10)),
         ("drop_path_add", "none", ("drop", "frozen"), (2, 4), (2, 4)),

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vertebra
 from vertebra.bench import peers
-from vertebra.kernels import _recording
 from vertebra.models import ConvNeXt, RegNet, ResNet
 from vertebra.models._convnext_config import ConvNeXtConfig
 from vertebra.models._regnet_config import RegNetConfig
@@ -28,37 +25,10 @@ from vertebra.nn import _recorded
 from vertebra.nn.fused_blocks import FusedBlocks
 from vertebra.testing.parity import randomize
 
+pytestmark = pytest.mark.usefixtures("on_onednn")
+
 Seen = list[Tensor]
 """Maps that somebody kept."""
-
-
-@pytest.fixture(autouse=True)
-def _on_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU as it is outside of the tests: kernels are not interpreted."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vertebra.kernels.") and hasattr(module, "INTERPRETED"):
-            monkeypatch.setattr(module, "INTERPRETED", False)
-    with vertebra.backend("auto"):
-        yield
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[_recording.Text]:
-    """The recordings that were run."""
-    found: list[_recording.Text] = []
-
-    class Noting(_recording.Text):
-        def compiled(self) -> Callable[[Tensor], Tensor]:
-            run = super().compiled()
-
-            def noting(x: Tensor) -> Tensor:
-                found.append(self)
-                return run(x)
-
-            return noting
-
-    monkeypatch.setattr(_recording, "Text", Noting)
-    return found
 
 
 def resnet() -> nn.Module:
@@ -104,58 +74,58 @@ def image(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 40, 33)
 
 
-def assert_recorded(model: nn.Module, runs: list[_recording.Text], stages: int) -> None:
+def assert_recorded(model: nn.Module, recordings: list[Any], stages: int) -> None:
     """The third call and those after it are of recordings, one for each stage."""
     for _ in range(2):
         model(image())
-    assert not runs
+    assert not recordings
     for _ in range(2):
         x = image()
-        runs.clear()
+        recordings.clear()
         assert torch.equal(model(x), exact(model, x))
-        assert len(runs) == stages
+        assert len(recordings) == stages
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", OWN)
-def test_stages_are_recorded(name, runs):
+def test_stages_are_recorded(name, recordings):
     model = fused(name)
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        runs.clear()
-        assert_recorded(twin, runs, STAGES[name])
+        recordings.clear()
+        assert_recorded(twin, recordings, STAGES[name])
 
 
 @torch.no_grad()
 @pytest.mark.parity
 @pytest.mark.parametrize("block", ["Bottleneck", "BasicBlock"])
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_resnets_of_peers_are_recorded(library, block, runs):
+def test_resnets_of_peers_are_recorded(library, block, recordings):
     module = peers.torchvision_module("models.resnet")
     if library == "timm":
         module = peers.timm().models.resnet
     model = randomize(module.ResNet(getattr(module, block), (2, 3, 1, 1), num_classes=5)).eval()
-    assert_recorded(vertebra.fuse(model), runs, 4)
+    assert_recorded(vertebra.fuse(model), recordings, 4)
 
 
 @torch.no_grad()
 @pytest.mark.parity
-def test_a_regnet_of_torchvision_is_recorded(runs):
+def test_a_regnet_of_torchvision_is_recorded(recordings):
     regnet = peers.torchvision_module("models.regnet")
     blocks = regnet.BlockParams([1, 3], [8, 16], [4, 4], [1.0, 1.0], [2, 2], se_ratio=0.25)
     model = randomize(regnet.RegNet(blocks, num_classes=5)).eval()
-    assert_recorded(vertebra.fuse(model), runs, 1)
+    assert_recorded(vertebra.fuse(model), recordings, 1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "sums", "gates"), [("resnet", 5, 0), ("basic", 3, 0), ("regnet", 4, 4)]
 )
-def test_sums_and_gates_are_written_in_place(name, sums, gates, runs):
+def test_sums_and_gates_are_written_in_place(name, sums, gates, recordings):
     """All but one: a stage has what it is given from somebody else."""
     model = fused(name)
     for _ in range(3):
         model(image())
-    called = [str(call.op) for text in runs for call in text.calls]
+    called = [str(call.op) for text in recordings for call in text.calls]
     in_place = called.count("mkldnn._convolution_pointwise_.binary")
     assert in_place + called.count("mkldnn._convolution_pointwise.binary") == sums
     assert in_place == (2 if name == "basic" else sums)  # the others begin with a projection
@@ -294,7 +264,7 @@ CHANGES = {
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("name", ["resnet", "regnet"])
-def test_whatever_changes_is_heeded(name, change, runs):
+def test_whatever_changes_is_heeded(name, change, recordings):
     model, x = fused(name), image()
     for _ in range(3):
         before = model(x)
@@ -305,19 +275,19 @@ def test_whatever_changes_is_heeded(name, change, runs):
     assert not torch.equal(wanted, before.to(x.dtype))
     for _ in range(4):
         assert torch.equal(model(x), wanted)
-    runs.clear()
+    recordings.clear()
     model(x)
-    assert bool(runs) == (change is not _double)  # oneDNN has no float64
+    assert bool(recordings) == (change is not _double)  # oneDNN has no float64
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
-def test_whoever_looks_on_sees_the_modules(runs):
+def test_whoever_looks_on_sees_the_modules(recordings):
     """Modes, hooks on all modules, `explain`: none of them meets a recording."""
     model, x = fused("resnet"), image()
     for _ in range(3):
         wanted = model(x)
-    runs.clear()
+    recordings.clear()
     called: list[str] = []
     handle = register_module_forward_hook(lambda m, *_: called.append(type(m).__name__))
     assert torch.equal(model(x), wanted)
@@ -337,13 +307,13 @@ def test_whoever_looks_on_sees_the_modules(runs):
     with torch.enable_grad():
         y = model(x.clone().requires_grad_())
         assert y.requires_grad
-    assert not runs
+    assert not recordings
     assert torch.equal(model(x), wanted)
-    assert runs
+    assert recordings
 
 
 @torch.no_grad()
-def test_parameters_that_want_gradients_get_them(runs):
+def test_parameters_that_want_gradients_get_them(recordings):
     model, x = fused("resnet"), image()
     model.requires_grad_(True)
     with torch.enable_grad():
@@ -351,24 +321,24 @@ def test_parameters_that_want_gradients_get_them(runs):
             model.zero_grad()
             model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert not runs
+    assert not recordings
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_modes_of_autograd(mode, runs):
+def test_modes_of_autograd(mode, recordings):
     model, x = fused("resnet"), image()
     for _ in range(3):
         model(x)
-    runs.clear()
+    recordings.clear()
     with mode():
         for _ in range(3):
             y = model(image())
     assert y.is_inference() == (mode is torch.inference_mode)
-    assert runs
+    assert recordings
 
 
 @torch.no_grad()
-def test_a_stage_keeps_what_it_is_given(runs):
+def test_a_stage_keeps_what_it_is_given(recordings):
     model = fused("resnet")
     stage = _stage(model)
     for _ in range(4):
@@ -376,19 +346,19 @@ def test_a_stage_keeps_what_it_is_given(runs):
         before = x.clone()
         assert torch.equal(stage(x), exact(stage, before))
         assert torch.equal(x, before)
-    assert runs
+    assert recordings
 
 
 @torch.no_grad()
-def test_few_shapes_are_recorded(runs):
+def test_few_shapes_are_recorded(recordings):
     model = fused("basic")
     for n in range(1, _recorded._MOST_SHAPES + 1):
         for _ in range(3):
             model(image(n))
-    assert len(runs) == _recorded._MOST_SHAPES
-    runs.clear()
+    assert len(recordings) == _recorded._MOST_SHAPES
+    recordings.clear()
     model(image(9)), model(image(1))  # the ninth makes room for itself
-    assert not runs
+    assert not recordings
     for n in range(1, 3 * _recorded._MOST_SHAPES):
         for _ in range(2):
             x = image(n)
@@ -398,12 +368,12 @@ def test_few_shapes_are_recorded(runs):
 
 
 @torch.no_grad()
-def test_a_stage_and_its_weights_die_with_the_model(runs):
+def test_a_stage_and_its_weights_die_with_the_model(recordings):
     model = fused("resnet")
     for _ in range(3):
         model(image())
     held = [weakref.ref(m) for m in model.modules()] + [weakref.ref(p) for p in model.parameters()]
-    runs.clear()
+    recordings.clear()
     del model
     gc.collect()
     assert not [ref for ref in held if ref() is not None]

@@ -94,6 +94,7 @@ def table() -> list[Row]:
     """Return what there is, library by library, in the order of the recipes.
 
     A class without an op of its own is what a block runs in one op with what stands beside it.
+    Classes that only `fuse` changes are left out.
     """
     rows: list[Row] = []
     for library in LIBRARIES:
@@ -101,6 +102,8 @@ def table() -> list[Row]:
         seen = _seen(library)
         by_recipe: dict[type, Row] = {}
         for path, recipe in _swap.recipes(library).items():
+            if recipe.for_fused:
+                continue
             row = by_recipe.setdefault(recipe.mixin, Row(library))
             row.classes.append(path.removeprefix(f"{library}."))
             for training in (True, False):

@@ -31,26 +31,32 @@ class Recipe(NamedTuple):
     mixin: type
     methods: dict[str, frozenset[str]]  # of the class, each with the readings that are known
     refuses: Refuses
+    for_fused: bool  # of use in fused models alone
 
 
 _recipes: dict[str, Recipe] = {}
 
 
 def accelerates(
-    path: str, refuses: Refuses = lambda module: None, **methods: str
+    path: str,
+    refuses: Refuses = lambda module: None,
+    *,
+    for_fused: bool = False,
+    **methods: str,
 ) -> Callable[[R], R]:
     """Make a class the recipe for another.
 
     Args:
         path: of that class, as "torchvision.models.resnet.BasicBlock".
         refuses: returns what about a module keeps it from being accelerated, in words, or None.
-        methods: by name, the methods that the recipe replaces: their known readings (`reading`),
-            separated by blanks.
+        for_fused: it is of use in models that `fuse` makes, and no others are changed.
+        methods: by name, the methods that the recipe replaces, or relies on: their known readings
+            (`reading`), separated by blanks.
     """
 
     def register(mixin: R) -> R:
         known = {name: frozenset(readings.split()) for name, readings in methods.items()}
-        _recipes[path] = Recipe(mixin, known, refuses)
+        _recipes[path] = Recipe(mixin, known, refuses, for_fused)
         return mixin
 
     return register
@@ -148,9 +154,10 @@ def _swapped(own: type[nn.Module]) -> type[nn.Module] | str:
     return type(own.__name__, (Swapped, recipe.mixin, own), names)
 
 
-def has_recipe(cls: type) -> bool:
-    """Return whether there is a recipe for modules of this class."""
-    return path_of(cls) in _recipes
+def has_recipe(cls: type, fused: bool = False) -> bool:
+    """Return whether there is a recipe for modules of this class, in a fused model or any."""
+    recipe = _recipes.get(path_of(cls))
+    return recipe is not None and (fused or not recipe.for_fused)
 
 
 def recipes(library: str) -> dict[str, Recipe]:
@@ -169,9 +176,9 @@ def target(module: nn.Module) -> type[nn.Module] | str:
     return _recipes[path_of(own)].refuses(module) or cls
 
 
-def swap(module: nn.Module) -> None:
-    """Put a module on its accelerated class, if it has one and is not on it."""
-    if not isinstance(module, Swapped):
+def swap(module: nn.Module, fused: bool = False) -> None:
+    """Put a module, of a model to be fused or not, on its accelerated class, if it has one."""
+    if not isinstance(module, Swapped) and has_recipe(type(module), fused):
         cls = target(module)
         if not isinstance(cls, str):
             module.__class__ = cls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 import torch.fx
@@ -20,9 +20,11 @@ from ..nn import (
     LayerScale2d,
     SqueezeExcite,
     Unit,
-    attn_act,
+    conv_attn_act,
     conv_norm_act,
-    excited,
+    ends_in_pool,
+    run_into_pool,
+    takes_pool,
 )
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
@@ -31,6 +33,7 @@ from ..nn.fused import Folded, is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import normalise
 from ._children import collect, in_steps
+from ._layered import Layered, unit_of
 from ._swap import accelerates, path_of, reading
 
 # layers: those that are ours under another name take our forward, by which our blocks know them
@@ -153,14 +156,13 @@ def _has_other_norms(module: Any) -> str | None:
     return None
 
 
-def _end(
-    conv: nn.Module, norm: nn.Module, x: Tensor, act: nn.Module, shortcut: Tensor, block: Any
-) -> Tensor:
+def _end(x: Tensor, unit: Unit, se: nn.Module | None, shortcut: Tensor, pool: Any) -> Tensor:
     """Return what a block of a ResNet makes of the input of its last convolution."""
-    if block.se is None:
-        return conv_norm_act(conv, norm, x, act, shortcut, drop=block.drop_path)
-    x = conv_norm_act(conv, norm, x)
-    return attn_act(block.se, x, act, shortcut, block.drop_path)
+    conv, norm, act, drop = unit
+    if se is None:
+        return conv_norm_act(conv, norm, x, act, shortcut, pool, drop)
+    assert act is not None
+    return conv_attn_act(conv, norm, x, se, act, shortcut, drop)
 
 
 @accelerates("timm.models.resnet.BasicBlock", _has_other_norms, forward="4651704b6f10")
@@ -174,12 +176,20 @@ class _BasicBlock:
     conv2: nn.Module
     bn2: nn.Module
     act2: nn.Module
+    se: nn.Module | None
+    drop_path: nn.Module | None
     downsample: nn.Module | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last_unit(self) -> Unit | None:
+        return None if self.se is not None else self._unit()
+
+    def _unit(self) -> Unit:
+        return Unit(self.conv2, self.bn2, self.act2, self.drop_path)
+
+    def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         y = conv_norm_act(self.conv1, self.bn1, x, self.act1, drop=self.drop_block)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _end(self.conv2, self.bn2, self.aa(y), self.act2, shortcut, self)
+        return _end(self.aa(y), self._unit(), self.se, shortcut, pool)
 
 
 @accelerates("timm.models.resnet.Bottleneck", _has_other_norms, forward="e8955400bbd3")
@@ -208,16 +218,21 @@ class _Bottleneck(InParts):
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.aa(y), shortcut
 
-    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
-        return _end(self.conv3, self.bn3, y, self.act3, shortcut, self)
+    def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
+        return _end(y, self._unit(), self.se, shortcut, pool)
+
+    def last_unit(self) -> Unit | None:
+        return None if self.se is not None else self._unit()
+
+    def _unit(self) -> Unit:
+        return Unit(self.conv3, self.bn3, self.act3, self.drop_path)
 
     def narrow_end(self) -> End | None:
         return end_of(self.conv1, self.bn1, self.act1)
 
     def widen_end(self) -> End | None:
-        if self.se is not None:
-            return None
-        return end_of(self.conv3, self.bn3, self.act3, self.drop_path)
+        unit = self.last_unit()
+        return None if unit is None else end_of(*unit)
 
 
 def _in_pairs(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -227,32 +242,53 @@ def _in_pairs(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
+def _is_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and not has_hooks(module)
+
+
 def _is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return type(module) is nn.Sequential and not has_hooks(module)
 
 
-@accelerates("timm.models.resnet.ResNet", _has_other_norms, forward_features="fc18b940d027")
+@accelerates(
+    "timm.models.resnet.ResNet",
+    _has_other_norms,
+    forward="eff6df9c6f1b",
+    forward_features="fc18b940d027",
+    forward_head="055da7df2e26",
+)
 class _ResNet:
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
     conv1: nn.Module
     bn1: nn.Module
     act1: nn.Module
     maxpool: nn.Module
-    layer1: Iterable[nn.Module]
-    layer2: Iterable[nn.Module]
-    layer3: Iterable[nn.Module]
-    layer4: Iterable[nn.Module]
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    global_pool: nn.Module
     grad_checkpointing: bool
+    forward_head: Any
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        pool = _pool_of(self.global_pool)
+        if pool is None or self.grad_checkpointing or not ends_in_pool(self.layer4, pool, x):
+            return self.forward_head(self.forward_features(x))
+        x = self.layer3(self.layer2(self.layer1(self._run_stem(x))))
+        return self.forward_head(run_into_pool(self.layer4, pool, x))
+
+    def _run_stem(self, x: Tensor) -> Tensor:
         conv, pool = self.conv1, self.maxpool
         if _is_sequence(conv):
             *others, conv = conv
             x = _in_pairs(others, x)
         if _is_sequence(pool):
-            x = _in_pairs(pool, conv_norm_act(conv, self.bn1, x, self.act1))
-        else:
-            x = conv_norm_act(conv, self.bn1, x, self.act1, pool=pool)
+            return _in_pairs(pool, conv_norm_act(conv, self.bn1, x, self.act1))
+        return conv_norm_act(conv, self.bn1, x, self.act1, pool=pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self._run_stem(x)
         stages: Any = (self.layer1, self.layer2, self.layer3, self.layer4)
         if self.grad_checkpointing:
             from timm.models import checkpoint_seq
@@ -264,7 +300,7 @@ class _ResNet:
 
 
 @accelerates("timm.models.regnet.Bottleneck", forward="3f0bd82ca388")
-class _RegNetBottleneck:
+class _RegNetBottleneck(Layered):
     conv1: nn.Module
     conv2: nn.Module
     se: nn.Module
@@ -273,19 +309,109 @@ class _RegNetBottleneck:
     downsample: nn.Module | None
     drop_path: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(x)
-        shortcut = None if self.downsample is None else self.downsample(x)
-        drop = None if shortcut is None else self.drop_path
-        ended = excited(self.conv2, self.se, self.conv3, y, shortcut, self.act3, drop)
-        if ended is not None:
-            return ended
-        y = self.se(self.conv2(y))
+    def layers(self) -> list[nn.Module]:
+        layers = [self.conv1, self.conv2, self.se, self.conv3]
+        return [layer for layer in layers if not (layer is self.se and _is_nothing(layer))]
+
+    def last_unit(self) -> Unit | None:
+        unit = unit_of(self.conv3) if isinstance(self.conv3, _ConvNormAct) else None
+        if unit is None or type(unit.norm) is not Folded:
+            return None
+        drop = None if self.downsample is None else self.drop_path
+        return unit._replace(act=self.act3, drop=drop)
+
+    def shortcut_of(self, x: Tensor) -> Tensor | None:
+        return None if self.downsample is None else self.downsample(x)
+
+    def run_apart(self, x: Tensor) -> Tensor:
+        y = self.se(self.conv2(self.conv1(x)))
+        shortcut = self.shortcut_of(x)
         if shortcut is None:
             return self.act3(self.conv3(y))
         if isinstance(self.conv3, _ConvNormAct) and not has_hooks(self.conv3):
             return self.conv3(y, shortcut, self.act3, self.drop_path)
         return self.act3(drop_add(self.drop_path, self.conv3(y), shortcut))
+
+
+@accelerates("timm.models.regnet.PreBottleneck", for_fused=True, forward="3289cce44952")
+class _RegNetPreBottleneck:
+    """RegNetV's: of its three norms the second comes right behind a convolution."""
+
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "norm2"),)
+    norm1: nn.Module
+    conv1: nn.Module
+    norm2: nn.Module
+    conv2: nn.Module
+    se: nn.Module
+    norm3: nn.Module
+    conv3: nn.Module
+    downsample: nn.Module | None
+    drop_path: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x)
+        y = self.se(self.conv2(conv_norm_act(self.conv1, self.norm2, x)))
+        y = self.conv3(self.norm3(y))
+        return y if self.downsample is None else drop_add(self.drop_path, y, self.downsample(x))
+
+
+@accelerates("timm.models.regnet.RegStage", for_fused=True, forward="c51d3ecf6124")
+class _RegStage:
+    """Calls its blocks one after the other, as a sequence, which a fused one becomes."""
+
+    RUNS_IN_ROW = True
+
+
+@accelerates(
+    "timm.models.regnet.RegNet",
+    for_fused=True,
+    forward="eff6df9c6f1b",
+    forward_features="b0f71b7442ee",
+    forward_head="936f8dc3d0b2",
+)
+class _RegNet:
+    stem: nn.Module
+    s1: nn.Module
+    s2: nn.Module
+    s3: nn.Module
+    s4: nn.Module
+    final_conv: nn.Module
+    head: nn.Module
+    forward_features: Any
+    forward_head: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        pool, neck = _pool_of(self.head), self.final_conv
+        unit = unit_of(neck) if isinstance(neck, _ConvNormAct) else None
+        if pool is not None and takes_pool(unit, pool, x):
+            conv, norm, act, _ = cast("Unit", unit)
+            x = self.s4(self.s3(self.s2(self.s1(self.stem(x)))))
+            x = conv_norm_act(conv, norm, x, act, pool=pool)
+        elif pool is not None and _is_nothing(neck) and ends_in_pool(self.s4, pool, x):
+            x = run_into_pool(self.s4, pool, self.s3(self.s2(self.s1(self.stem(x)))))
+        else:
+            x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+@accelerates(
+    "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d", for_fused=True, forward="dca49f3c5957"
+)
+@accelerates("timm.layers.classifier.ClassifierHead", for_fused=True, forward="a8032c8d0974")
+class _StartsWithPool:
+    """Runs its pool before anything else, and on a map of one pixel to no effect if it is a mean.
+
+    So who has the means already may pass them on.
+    """
+
+
+def _pool_of(head: Any) -> nn.Module | None:
+    """Return the pool that a head begins with, None if that is not known, or watched."""
+    while isinstance(head, _StartsWithPool) and not has_hooks(cast("Any", head)):
+        if not hasattr(head, "global_pool"):
+            return cast("Any", head).pool
+        head = cast("Any", head).global_pool
+    return None
 
 
 _MLPS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.fx
@@ -17,7 +17,6 @@ from ..nn import (
     Unit,
     conv_norm_act,
     ends_in_pool,
-    excited,
     run_into_pool,
 )
 from ..nn._act import has_hooks
@@ -27,6 +26,7 @@ from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._children import collect
+from ._layered import Layered, in_row, unit_of
 from ._swap import accelerates
 
 torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
@@ -140,50 +140,40 @@ class _Conv2dNormActivation(nn.Sequential):
 
 
 @accelerates("torchvision.models.regnet.ResBottleneckBlock", forward="1f053948ac54")
-class _ResBottleneckBlock(InParts):
+class _ResBottleneckBlock(Layered):
     proj: nn.Module | None
-    f: nn.Sequential
+    f: nn.Module
     activation: nn.Module
 
-    def narrow_end(self) -> End | None:
-        first: Any = self.f[0]
-        watched = has_hooks(self.f) or has_hooks(first)
-        return None if watched or not hasattr(first, "unit") else end_of(*first.unit())
+    def layers(self) -> list[nn.Module]:
+        return in_row(self.f)
 
-    def widen_end(self) -> End | None:
-        last: Any = self.f[-1]
-        is_plain = len(self.f) == 3 and len(last) == 2  # without an excitation
-        if not is_plain or has_hooks(self.f) or has_hooks(last):
-            return None
-        conv, norm = last
-        return end_of(conv, norm, self.activation)
+    def last_unit(self) -> Unit | None:
+        *_, last = self.layers() or [None]
+        unit = unit_of(last) if isinstance(last, _Conv2dNormActivation) else None
+        return None if unit is None or unit.act is not None else unit._replace(act=self.activation)
 
-    def narrow(self, x: Tensor) -> Tensor:
-        return self.f[0](x)
+    def shortcut_of(self, x: Tensor) -> Tensor:
+        return x if self.proj is None else self.proj(x)
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.f[1](y), x if self.proj is None else self.proj(x)
 
-    def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
-        conv, norm = self.f[-1]  # pyright: ignore
-        return conv_norm_act(conv, norm, y, self.activation, shortcut)
+@accelerates("torchvision.models.regnet.RegNet", for_fused=True, forward="63fd38b79d8e")
+class _RegNet:
+    stem: nn.Module
+    trunk_output: nn.Module
+    avgpool: nn.Module
+    fc: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        *others, last = self.f
-        shortcut = x if self.proj is None else self.proj(x)
-        if has_hooks(self.f) or has_hooks(last) or len(last) != 2:  # pyright: ignore
-            return self.activation(shortcut + self.f(x))
-        if len(others) == 3:  # RegNetY's: 1x1, 3x3, excitation
-            first, conv3x3, se = others
-            x = first(x)
-            y = excited(conv3x3, se, last, x, shortcut, self.activation)
-            if y is not None:
-                return y
-            others = [conv3x3, se]
-        for module in others:
-            x = module(x)
-        conv, norm = last  # pyright: ignore
-        return conv_norm_act(conv, norm, x, self.activation, shortcut)
+        x = self.stem(x)
+        *others, last = in_row(self.trunk_output) or [None]
+        if last is not None and ends_in_pool(last, self.avgpool, x):
+            for stage in others:
+                x = cast("nn.Module", stage)(x)
+            x = run_into_pool(last, self.avgpool, x)
+        else:
+            x = self.avgpool(self.trunk_output(x))
+        return self.fc(x.flatten(start_dim=1))
 
 
 @accelerates(

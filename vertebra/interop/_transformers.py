@@ -16,7 +16,8 @@ from ..nn import (
     LayerNorm2d,
     Unit,
     conv_norm_act,
-    excited,
+    ends_in_pool,
+    run_into_pool,
 )
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
@@ -24,13 +25,17 @@ from ..nn.fused import is_fused
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
-from ._swap import Refuses, accelerates
+from ._layered import Layered, in_row, unit_of
+from ._swap import Refuses, accelerates, reading
 
 R = TypeVar("R", bound=type)
 
 
 def _accelerates(
-    forward: str, *classes: str, refuses: Refuses = lambda module: None
+    forward: str,
+    *classes: str,
+    refuses: Refuses = lambda module: None,
+    for_fused: bool = False,
 ) -> Callable[[R], R]:
     """Make a class the recipe for `classes` of transformers' models, which all read as `forward`.
 
@@ -39,7 +44,8 @@ def _accelerates(
 
     def register(mixin: R) -> R:
         for name in classes:
-            accelerates(f"transformers.models.{name}", refuses, forward=forward)(mixin)
+            path = f"transformers.models.{name}"
+            accelerates(path, refuses, for_fused=for_fused, forward=forward)(mixin)
         return mixin
 
     return register
@@ -135,27 +141,26 @@ class _Stem(nn.Module):
     "regnet.modeling_regnet.RegNetXLayer",
     "regnet.modeling_regnet.RegNetYLayer",
 )
-class _ResidualLayer:
+class _ResidualLayer(Layered):
     layer: nn.Module
     shortcut: nn.Module
     activation: nn.Module
 
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        split = _split(self.layer)
-        if split is None or fusible_act(split[1].activation) != "none":
-            return self.activation(self.layer(hidden_state) + self.shortcut(hidden_state))
-        others, last = split
-        y, shortcut = hidden_state, self.shortcut(hidden_state)
-        if len(others) == 3:  # RegNetY's: 1x1, 3x3, excitation
-            first, conv3x3, se = others
-            y = first(y)
-            ended = excited(conv3x3, se, last, y, shortcut, self.activation)
-            if ended is not None:
-                return ended
-            others = [conv3x3, se]
-        for module in others:
-            y = module(y)
-        return conv_norm_act(last.convolution, last.normalization, y, self.activation, shortcut)
+    def layers(self) -> list[nn.Module]:
+        return in_row(self.layer)
+
+    def last_unit(self) -> Unit | None:
+        *_, last = self.layers() or [None]
+        unit = unit_of(last) if isinstance(last, _ConvNormAct) else None
+        if unit is None or unit.act is None or fusible_act(unit.act) != "none":
+            return None
+        return unit._replace(act=self.activation)
+
+    def shortcut_of(self, x: Tensor) -> Tensor:
+        return self.shortcut(x)
+
+    def forward(self, hidden_state: Tensor, pool: nn.Module | None = None) -> Tensor:
+        return super().forward(hidden_state, pool)
 
 
 def _is_excitation(module: Any) -> str | None:
@@ -177,6 +182,79 @@ class _RegNetSELayer(nn.Module):
         if layers is None:
             return super().forward(hidden_state)
         return excite(hidden_state, *layers)
+
+
+@_accelerates(
+    "727f7749cfb3 077f5a6f4d8b",
+    "resnet.modeling_resnet.ResNetStage",
+    "rt_detr.modeling_rt_detr_resnet.RTDetrResNetStage",
+    "regnet.modeling_regnet.RegNetStage",
+    for_fused=True,
+)
+class _Stage(nn.Module):
+    """Calls its layers as one, which may run them by pairs, where transformers may call each."""
+
+    layers: nn.Sequential
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if has_hooks(self.layers) else self.layers(input)
+
+
+def _has_other_backbone(model: Any) -> str | None:
+    """Refuse a backbone, or an encoder in it, whose code is not what the head's recipe skips."""
+    backbone = getattr(model, model.base_model_prefix)
+    models = "bcbe6aeda2dd a5cb065eb1a3 8b3f61b5e91c"
+    for module, known in ((backbone, models), (backbone.encoder, "aed9edfadf1e")):
+        if reading(type(module).forward) not in known.split():
+            return f"its {type(module).__name__} is not the one this version was written for"
+    return None
+
+
+@_accelerates(
+    # what differs between versions is the loss, and how the config is asked
+    "014250f37a5c 451e0db8032c e13e1ad6a54e f5b2a6e0a2a3 "
+    "36e388ea2568 cf4aafec67e8 b482040ad113 9bbe520d193b",
+    "resnet.modeling_resnet.ResNetForImageClassification",
+    "regnet.modeling_regnet.RegNetForImageClassification",
+    refuses=_has_other_backbone,
+    for_fused=True,
+)
+class _ForImageClassification(nn.Module):
+    """Asks the last convolution for the means of its map, where nobody asks for the map."""
+
+    config: Any
+    base_model_prefix: str
+    classifier: nn.Module
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        backbone: Any = getattr(self, self.base_model_prefix)
+        *stages, last = backbone.encoder.stages
+        states, as_dict = output_hidden_states, return_dict
+        states = self.config.output_hidden_states if states is None else states
+        as_dict = self.config.return_dict if as_dict is None else as_dict
+        if (
+            (pixel_values is None or labels is not None or states or not as_dict)
+            or any(map(has_hooks, (backbone, backbone.encoder, last)))
+            or not isinstance(last, _Stage)
+            or not ends_in_pool(last.layers, backbone.pooler, pixel_values)
+        ):
+            own: Any = super()
+            return own.forward(pixel_values, labels, output_hidden_states, return_dict, **kwargs)
+        from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+        x = backbone.embedder(pixel_values)
+        for stage in stages:
+            x = stage(x)
+        logits = self.classifier(run_into_pool(last.layers, backbone.pooler, x))
+
+        return ImageClassifierOutputWithNoAttention(logits=logits)
 
 
 @_accelerates(

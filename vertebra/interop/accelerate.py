@@ -33,8 +33,13 @@ def accelerate(model: M) -> M:
     Random numbers are as many and as likely as before, not the same ones: stochastic depth drops
     other samples under the same seed.
     """
+    return swap_all(model)
+
+
+def swap_all(model: M, *, fused: bool = False) -> M:
+    """Do what `accelerate` does, or what a model needs that is to be fused; return `model`."""
     for module in _known(model):
-        swap(module)
+        swap(module, fused)
     return model
 
 

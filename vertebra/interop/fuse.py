@@ -25,7 +25,7 @@ from ..nn.norm_act import FrozenBatchNorm2d, FusesAct, is_bare
 from ..nn.sync import SyncBatchNormAct2d
 from ._fold import fold, fold_image, scale_of
 from ._swap import Swapped, path_of
-from .accelerate import Site, accelerate
+from .accelerate import Site, swap_all
 
 Values = float | Sequence[float]
 
@@ -75,7 +75,7 @@ def fuse(
     _check_mode(model)
     _check_device(model, cuda_graph)
     image = _image_values(mean, std)
-    fused = accelerate(copy.deepcopy(model)).requires_grad_(False)
+    fused = swap_all(copy.deepcopy(model), fused=True).requires_grad_(False)
     users = _Users(fused)
     for pair in list(_pairs(fused)):
         if _refuses_pair(pair, users) is None:
@@ -90,7 +90,8 @@ def fuse(
             module.stays = True
     for module in list(fused.modules()):
         _fuse_act(module, users)
-    _fuse_blocks(fused)
+        if passes_on(module):
+            module.__class__ = BackToBack if has_neighbours(module) else FusedBlocks
     if image is not None:
         fold_image(_find_image_conv(fused, len(image[0])), *image)
     return CudaGraphs(fused) if cuda_graph else fused
@@ -313,16 +314,6 @@ def _fuse_act(sequence: nn.Module, users: _Users) -> None:
             if act is not None:
                 conv.act = act
                 sequence.add_module(act_name, nn.Identity().train(sequence.training))
-
-
-def _fuse_blocks(module: nn.Module) -> None:
-    """Let sequences of blocks, and of such sequences, run as one; not what blocks are made of."""
-    inside = module.children()
-    if passes_on(module):
-        inside = [child for child in inside if passes_on(child)]
-        module.__class__ = BackToBack if has_neighbours(module) else FusedBlocks
-    for child in inside:
-        _fuse_blocks(child)
 
 
 # ----------------------------------------------------------------------------------------- MLPs

@@ -3,19 +3,23 @@
     s = mean(x)   over H, W        u = W1 s + b1        v = W2 act(u) + b2        g = gate(v)
     y = out_act(x * g + residual)
 
+Where the means are known already, s is the sum over t of shares[n, t, c], as `conv2d_act_pool`
+leaves them, and x is read once. That is for inference.
+
     dz = dy * out_act'(z)                      dresidual = dz
     dv = sum(dz * x) * gate'(v)                dW2 = sum(dv act(u)^T)      db2 = sum(dv)
     du = (W2^T dv) * act'(u)                   dW1 = sum(du s^T)           db1 = sum(du)
     dx = dz * g + W1^T du / (H*W)
 
 Shapes   x, residual, y (N, C, H, W); fc1_weight (R, C), fc2_weight (C, R), or (R, C, 1, 1) and
-         (C, R, 1, 1), as 1x1 convolutions hold them; fc1_bias (R,), fc2_bias (C,) or None
-Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; weights and biases as x or fp32; means,
-         fcs, gates and sums in fp32 (fp64 for fp64), one rounding, to y
+         (C, R, 1, 1), as 1x1 convolutions hold them; fc1_bias (R,), fc2_bias (C,) or None; shares
+         (N, T, C) or None
+Dtypes   x fp16 | bf16 | fp32 | fp64, residual and y as x; weights and biases as x or fp32; shares,
+         means, fcs, gates and sums in fp32 (fp64 for fp64), one rounding, to y
 Layout   any strides; y keeps x's memory format
-Bytes    forward: x twice, residual and y once. backward: dy twice, x, dx; with out_act x twice;
-         with out_act and residual dresidual takes the place of dy in the second pass and is written
-         in the first, which also reads y (relu) or residual (other activations)
+Bytes    forward: x twice, with shares once, residual and y once. backward: dy twice, x, dx; with
+         out_act x twice; with out_act and residual dresidual takes the place of dy in the second
+         pass and is written in the first, which also reads y (relu) or residual (other activations)
 Saves    x, the weights, s, u and v; y for relu with a residual (the next layer keeps it anyway),
          residual for other activations with one
 Raises   ValueError, TypeError: rank, shape, device or dtype of an argument; unknown act, gate or
@@ -47,6 +51,7 @@ def squeeze_excite(
     act: str = "relu",
     gate: str = "sigmoid",
     out_act: str = "none",
+    shares: Tensor | None = None,
 ) -> Tensor:
     """Return `out_act(x * g + residual)`; the module docstring is the contract.
 
@@ -56,7 +61,7 @@ def squeeze_excite(
     tensor([0.8333, 2.5000, 0.0000, 0.0000])
     """
     x, residual = promote_under_autocast(x, residual)
-    return op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, act, gate, out_act)
+    return op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, act, gate, out_act, shares)
 
 
 def _check(
@@ -69,6 +74,7 @@ def _check(
     act: str,
     gate: str,
     out_act: str,
+    shares: Tensor | None,
 ) -> None:
     name = "squeeze_excite"
     check_image(name, x)
@@ -79,6 +85,32 @@ def _check(
     check_gate(name, gate)
     check_act(name, out_act, "out_act")
     check_residual(name, x, residual)
+    if shares is not None:
+        check_shares(name, shares)
+        if shares.shape[::2] != x.shape[:2] or shares.dtype != sums_dtype(x):
+            raise ValueError(
+                f"{name}: shares must have shape (N, T, C) and be {sums_dtype(x)} where x is "
+                f"{tuple(x.shape)} and {x.dtype}; got {tuple(shares.shape)} and {shares.dtype}; "
+                "give those of x, by conv2d_act_pool"
+            )
+        if shares.device != x.device:
+            raise ValueError(
+                f"{name}: shares are on {shares.device} and x on {x.device}; move one with .to()"
+            )
+
+
+def check_shares(name: str, shares: Tensor) -> None:
+    """Require parts of means, of whatever size."""
+    if not isinstance(shares, Tensor) or shares.dim() != 3:  # pyright: ignore[reportUnnecessaryIsInstance]
+        got = tuple(shares.shape) if isinstance(shares, Tensor) else type(shares).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(
+            f"{name}: shares must have shape (N, T, C), got {got}; of means give s[:, None]"
+        )
+    if shares.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name}: shares must be float32 or float64, got {shares.dtype}; "
+            "convert them with .float()"
+        )
 
 
 def check_fcs(
@@ -121,8 +153,9 @@ def _eager(
     act: str,
     gate: str,
     out_act: str,
+    shares: Tensor | None,
 ) -> Tensor:
-    s = x.mean((2, 3), keepdim=True)
+    s = x.mean((2, 3), keepdim=True) if shares is None else shares.sum(1)[:, :, None, None]
     u = conv1x1(s, fc1_weight, fc1_bias)
     v = conv1x1(ACTIVATIONS[act](u), fc2_weight, fc2_bias)
     return finish(x * GATES[gate](v).to(x.dtype), residual, out_act)
@@ -146,6 +179,7 @@ def _outputs(
     act: str,
     gate: str,
     out_act: str,
+    shares: Tensor | None,
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, C = x.shape[:2]
@@ -161,8 +195,8 @@ def _outputs(
 
 @define(
     "squeeze_excite(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
-    "Tensor? fc2_bias, Tensor? residual, str act, str gate, str out_act, bool keeps) "
-    "-> (Tensor y, Tensor s, Tensor u, Tensor v)",
+    "Tensor? fc2_bias, Tensor? residual, str act, str gate, str out_act, Tensor? shares, "
+    "bool keeps) -> (Tensor y, Tensor s, Tensor u, Tensor v)",
     _outputs,
 )
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,7 +249,7 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 class _SqueezeExcite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, fc1_weight, _, fc2_weight, _, residual, act, gate, out_act = args
+        x, fc1_weight, _, fc2_weight, _, residual, act, gate, out_act, _ = args
         y, s, u, v = _forward(*args, True)
         # beside x: what tells out_act'(z) where x and the gate do not
         joined = residual is not None and out_act != "none"
@@ -239,11 +273,17 @@ class _SqueezeExcite(torch.autograd.Function):
             dresidual = dy  # dz is dy itself: there was nothing to write
         gradients = (dx, *dweights, dresidual)
         wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return (*wanted, None, None, None)
+        return (*wanted, None, None, None, None)
 
 
 def _triton(*args: Any) -> Tensor:
     return _SqueezeExcite.apply(*args) if wants_grad(*args[:6]) else _forward(*args, False)[0]
+
+
+def _refuses(*args: Any) -> str | None:
+    if args[-1] is not None and wants_grad(*args[:6], args[-1]):
+        return "a gradient is wanted (with shares, the kernels are for inference)"
+    return refuses(*args)
 
 
 def _traffic(
@@ -256,12 +296,16 @@ def _traffic(
     act: str,
     gate: str,
     out_act: str,
+    shares: Tensor | None,
 ) -> Traffic:
+    """Count maps alone: fcs and shares are little beside them."""
     maps = x.numel() * x.element_size()
     has_residual = residual is not None
+    if shares is not None:
+        return Traffic((2 + has_residual) * maps, 0)
     # dy, x, dy, dx; z takes x once more; with a residual: dy, x, y or residual, dz, dz, dx
     backward = 4 if out_act == "none" else 5 + has_residual
     return Traffic((3 + has_residual) * maps, backward * maps)
 
 
-op = Op("squeeze_excite", _check, _eager, _triton, refuses, _traffic)
+op = Op("squeeze_excite", _check, _eager, _triton, _refuses, _traffic)

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ._act import ACTIVATIONS, GATES, check_act, check_gate
 from ._op import Op, Traffic, define, refuses, wants_grad
-from .squeeze_excite import check_fcs, conv1x1
+from .squeeze_excite import check_fcs, check_shares, conv1x1
 
 
 def squeeze_gate(
@@ -56,16 +55,7 @@ def _check(
     gate: str,
 ) -> None:
     name = "squeeze_gate"
-    if not isinstance(shares, Tensor) or shares.dim() != 3:  # pyright: ignore[reportUnnecessaryIsInstance]
-        got = tuple(shares.shape) if isinstance(shares, Tensor) else type(shares).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(
-            f"{name}: shares must have shape (N, T, C), got {got}; of means give s[:, None]"
-        )
-    if shares.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name}: shares must be float32 or float64, got {shares.dtype}; "
-            "convert them with .float()"
-        )
+    check_shares(name, shares)
     check_fcs(name, "shares", shares.shape[2], fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     for label, v in zip(
         ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ..nn import (
     CheckpointSequential,
+    Unit,
+    conv_norm_act,
     create_global_pool,
     ends_in_pool,
     pooled_channels,
     run_into_pool,
+    takes_pool,
 )
 from ._features import FeatureInfo, Indices, take_indices
 from ._param_groups import Matcher
@@ -93,6 +96,10 @@ class Network(nn.Module):
         """Return the last feature map, from what leaves the last stage."""
         return x
 
+    def neck_unit(self) -> Unit | None:
+        """Return the convolution that `forward_neck` is, and what follows it; None if it is not."""
+        return None
+
     def make_feature_norm(self, channels: int) -> nn.Module | None:
         """Return the norm that transformers' backbone puts behind a feature map, if any."""
         return None
@@ -133,11 +140,14 @@ class Network(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map, (N, num_features, H', W')."""
+        return self.forward_neck(self._run_stages(x))
+
+    def _run_stages(self, x: Tensor) -> Tensor:
         self._check_image(x)
         x = self.forward_stem(x)
         for stage in self.list_stages():
             x = stage(x)
-        return self.forward_neck(x)
+        return x
 
     def forward_intermediates(
         self,
@@ -203,10 +213,14 @@ class Network(nn.Module):
                 x, self.out_indices, stop_early=True, intermediates_only=True
             )
         pool = getattr(self, "avgpool", None)
-        if pool is not None and self.stage_names and not self.has_neck:
-            last = self.get_submodule(self.stage_names[-1])
-            if ends_in_pool(last, pool, x):
+        if pool is not None and self.stage_names:
+            last, neck = self.get_submodule(self.stage_names[-1]), self.neck_unit()
+            if not self.has_neck and ends_in_pool(last, pool, x):
                 return self._read_out(self._forward_into_pool(last, x))
+            if neck is not None and takes_pool(neck, pool, x):
+                conv, norm, act, _ = neck
+                x = self._run_stages(x)
+                return self._read_out(conv_norm_act(conv, norm, x, act, pool=pool))
         return self.forward_head(self.forward_features(x))
 
     def _forward_into_pool(self, last: nn.Module, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -214,6 +214,26 @@ class ResBottleneckBlock(InParts, _Block):
         return self.activation(y)
 
 
+class PreActTransform(nn.Sequential):
+    """`c(se(b(a(x))))`, where b and c start with a norm and its activation; "x" has no `se`.
+
+    That of b comes right behind a convolution, which runs both of them after `vertebra.fuse`.
+    """
+
+    CONV_NORMS: ClassVar[ConvNorms] = (("a", "b.0"),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, *others = self
+        if has_hooks(b):
+            x = b(a(x))
+        else:
+            norm, act, conv = cast("_NormActConv", b)
+            x = conv(conv_norm_act(a, norm, x, act))
+        for layer in others:
+            x = layer(x)
+        return x
+
+
 class PreActBlock(_Block):
     """`drop_path(f(z)) + proj(z)` with z = act(norm(x)) and norms in f before its convolutions."""
 
@@ -228,7 +248,7 @@ class PreActBlock(_Block):
             "se": _squeeze_excite(config, width, block),
             "c": _NormActConv(config, _conv1x1(width, block.out_channels)),
         }
-        self.f = nn.Sequential()
+        self.f = PreActTransform()
         for name, layer in layers.items():
             if layer is not None:
                 self.f.add_module(name, layer)
@@ -319,6 +339,10 @@ class RegNet(Network):
 
     def forward_neck(self, x: Tensor) -> Tensor:
         return x if self.final_conv is None else self.final_conv(x)
+
+    def neck_unit(self) -> Unit | None:
+        neck = self.final_conv
+        return neck.unit() if isinstance(neck, _ConvNormAct) and not has_hooks(neck) else None
 
     @property
     def has_neck(self) -> bool:

@@ -26,7 +26,7 @@ from ..nn import (
     DropBlock2d,
     DropPath,
     Unit,
-    attn_act,
+    conv_attn_act,
     conv_norm_act,
     create_aa,
     create_aa_max_pool,
@@ -107,8 +107,8 @@ class BasicBlock(nn.Module):
         y = y if self.aa is None else self.aa(y)
         shortcut = x if self.downsample is None else self.downsample(x)
         if self.se is not None:
-            y = conv_norm_act(self.conv2, self.bn2, y)
-            return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
+            end = (self.se, self.relu, shortcut, self.drop_path)
+            return conv_attn_act(self.conv2, self.bn2, y, *end)
         return conv_norm_act(self.conv2, self.bn2, y, self.relu, shortcut, pool, self.drop_path)
 
 
@@ -179,8 +179,8 @@ class Bottleneck(InParts, nn.Module):
 
     def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
         if self.se is not None:
-            y = conv_norm_act(self.conv3, self.bn3, y)
-            return attn_act(self.se, y, self.relu, shortcut, self.drop_path)
+            end = (self.se, self.relu, shortcut, self.drop_path)
+            return conv_attn_act(self.conv3, self.bn3, y, *end)
         return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, pool, self.drop_path)
 
 

@@ -1,7 +1,7 @@
 """Modules over the ops: timm's signatures and `state_dict` keys; norms subclass torch's."""
 
 from ._act import ActLayer, create_act
-from ._attn import AttnLayer, attn_act, create_attn
+from ._attn import AttnLayer, conv_attn_act, create_attn
 from .blur_pool import AaLayer, BlurPool2d, create_aa, create_aa_max_pool
 from .checkpoint import CheckpointSequential
 from .conv_norm_act import (
@@ -16,7 +16,7 @@ from .drop_path import DropPath, DropPathAdd, LayerScale, LayerScale2d
 from .eca import EcaModule
 from .freeze import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from .fused import FusedConv2d, FusedLinear, is_fused
-from .gated import Excitation, Unit, ends_in_pool, excited, run_into_pool
+from .gated import Excitation, Unit, ends_in_pool, excited, run_into_pool, takes_pool
 from .global_avg_pool import GlobalAvgPool2d
 from .global_pool import GlobalPool2d, create_global_pool, pooled_channels
 from .global_response_norm import GlobalResponseNorm
@@ -66,7 +66,7 @@ __all__ = [
     "SqueezeExcite",
     "SyncBatchNormAct2d",
     "Unit",
-    "attn_act",
+    "conv_attn_act",
     "conv_norm_act",
     "convert_sync_batchnorm",
     "create_aa",
@@ -85,5 +85,6 @@ __all__ = [
     "pooled_channels",
     "run_into_pool",
     "takes_add",
+    "takes_pool",
     "unfreeze_batch_norm_2d",
 ]

@@ -27,11 +27,18 @@ class FusedBlocks(CheckpointSequential):
 
 
 def passes_on(sequence: nn.Module) -> bool:
-    """Return whether `sequence` just runs blocks one after the other, some of them fused."""
-    runs = (nn.Sequential.forward, CheckpointSequential.forward)
+    """Return whether `sequence` just runs blocks, some of them fused, one after the other.
+
+    One that is no `nn.Sequential` says so by RUNS_IN_ROW.
+    """
+    kind, blocks = type(sequence), [*sequence.children()]
     return (
-        type(sequence).forward in runs
-        and len(vars(sequence)["_modules"]) > 0
-        and all(any(True for _ in block.children()) for block in sequence.children())
+        kind.forward in (nn.Sequential.forward, CheckpointSequential.forward)
+        or hasattr(kind, "RUNS_IN_ROW")
+    ) and (
+        len(blocks) > 0
+        and all(any(True for _ in block.children()) for block in blocks)
+        # a convolution and its norm are part of a block
+        and not any(hasattr(type(block), "unit") for block in blocks)
         and is_fused_model(sequence)
     )

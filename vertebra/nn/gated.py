@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..kernels import squeeze_gate
+from ..kernels import squeeze_excite, squeeze_gate
 from ..kernels._op import has_kernels
 from ..kernels.batch_norm_act_pool import bias_act_pool
 from ._act import fusible_act, fusible_gate, has_hooks
@@ -68,17 +68,15 @@ def excited(
         drop: before the add.
         pool: follows the activation.
     """
-    layers = None if not _has_ours(x) or has_hooks(se) else _call(se, "excitation")
+    fcs = _fcs(se, x)
     before, behind = _unit(first), _unit(last)
-    if layers is None or before is None or behind is None:
+    if fcs is None or before is None or behind is None:
         return None
     behind = behind._replace(
         act=behind.act if act is None else act, drop=behind.drop if drop is None else drop
     )
     ends = _end(before), _end(behind)
-    functions = fusible_act(layers.act), fusible_gate(layers.gate)
-    fcs: list[Any] = [layers.fc1, layers.fc2]
-    if None in ends or None in functions or not all(is_plain(fc) for fc in fcs):
+    if None in ends:
         return None
     conv, last_conv = before.conv, behind.conv
     assert isinstance(conv, FusedConv2d)
@@ -87,9 +85,46 @@ def excited(
     if found is None:
         return None
     y, shares = found
-    of_fcs = [t for fc in fcs for t in (fc.weight, fc.bias)]
-    gate = squeeze_gate(shares, *of_fcs, *map(str, functions))
+    gate = squeeze_gate(shares, *fcs)
     return conv_act_pool(last_conv, y, residual, str(ends[1]), pool, gate)
+
+
+def excited_last(
+    last: Unit, se: nn.Module, x: Tensor, residual: Tensor, act: nn.Module
+) -> Tensor | None:
+    """Return `act(se(last(x)) + residual)`, None where `last` does not leave the means for `se`."""
+    fcs, end, tail = _fcs(se, x), _end(last), fusible_act(act)
+    if fcs is None or end is None or tail is None:
+        return None
+    conv: Any = last.conv
+    found = conv.by_image(x, None, end)
+    if found is None:
+        return None
+    y, shares = found
+    return squeeze_excite(y, *fcs[:4], residual, *fcs[4:], tail, shares)
+
+
+class _Fcs(NamedTuple):
+    """The arguments of `squeeze_gate` after the first."""
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    act: str
+    gate: str
+
+
+def _fcs(se: nn.Module, x: Tensor) -> _Fcs | None:
+    """Return what a kernel of ours has to know of `se`, None if none may run it."""
+    layers = None if not _has_ours(x) or has_hooks(se) else _call(se, "excitation")
+    if layers is None:
+        return None
+    act, gate = fusible_act(layers.act), fusible_gate(layers.gate)
+    fc1, fc2 = layers.fc1, layers.fc2
+    if act is None or gate is None or not (is_plain(fc1) and is_plain(fc2)):
+        return None
+    return _Fcs(fc1.weight, fc1.bias, fc2.weight, fc2.bias, act, gate)
 
 
 def _unit(module: nn.Module) -> Unit | None:
@@ -158,21 +193,38 @@ def ends_in_pool(stage: nn.Module, pool: nn.Module, x: Tensor) -> bool:
     A block that can says by a method `last_unit()` which one that is, and takes the pool as an
     argument.
     """
-    if (
-        not _has_ours(x)
-        or not (isinstance(stage, nn.Sequential) and len(stage))
-        or has_hooks(stage)
-    ):
+    if not _has_ours(x) or has_hooks(stage) or getattr(stage, "grad_checkpointing", False):
         return False
-    if getattr(stage, "grad_checkpointing", False) or not is_mean(pool) or has_hooks(stage[-1]):
+    last = _blocks(stage)[-1:]
+    if not last or has_hooks(last[0]):
         return False
-    unit: Unit | None = _call(stage[-1], "last_unit")
-    return unit is not None and _end(unit) is not None
+    return takes_pool(_call(last[0], "last_unit"), pool, x)
+
+
+def takes_pool(unit: Unit | None, pool: nn.Module, x: Tensor) -> bool:
+    """Return whether `conv_norm_act` may run a convolution and the pool behind it as one op.
+
+    Args:
+        unit: the convolution and what is between; None for what is not known.
+        pool: the pool.
+        x: on what all runs, for its device.
+    """
+    return unit is not None and _has_ours(x) and is_mean(pool) and _end(unit) is not None
+
+
+def _blocks(stage: nn.Module) -> list[nn.Module]:
+    """Return what a stage runs one after the other, nothing if that is not known.
+
+    A stage that is no sequence says by RUNS_IN_ROW that it calls its children in order.
+    """
+    if isinstance(stage, nn.Sequential):
+        return [*stage]
+    return [*stage.children()] if hasattr(type(stage), "RUNS_IN_ROW") else []
 
 
 def run_into_pool(stage: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     """Return `pool(stage(x))`, the pool run by the last block of the stage."""
-    blocks: list[Any] = list(stage.children())
-    for block in blocks[:-1]:
+    *blocks, last = _blocks(stage)
+    for block in blocks:
         x = block(x)
-    return blocks[-1](x, pool)
+    return last(x, pool)

@@ -2,7 +2,8 @@
 
     s = mean(x)    u = W1 s + b1    v = W2 act(u) + b2    y = out_act(x * gate(v) + residual)
 
-    forward    _pool_kernel      image x channels x split    reads x            sums per split
+    forward    _pool_kernel      image x channels x split    reads x            sums per split, or
+                                                                                they are given
                _squeeze_kernel   images x hidden channels    adds the splits    s, u
                _scale_kernel     images x channels x split   reads x, residual  v, y
     backward   _sums_kernel      image x channels x split    reads dy, x, (y)   sums per split, (dz)
@@ -175,14 +176,19 @@ def forward(
     act: str,
     gate: str,
     out_act: str,
+    shares: Tensor | None,
     keeps: bool,
 ) -> None:
     """Write (y, s, u, v), s and v only if `keeps`."""
     y, s, u, v = outputs
     fc1, fc2 = matrix(fc1_weight), matrix(fc2_weight)
-    # the splits are added by tiles of many, so there may be as many as fill the GPU
-    (sums,) = _pool.pool(x, None, _pool.value, 1, max_splits=MAX_SPLITS)
-    squeeze(u, s if keeps else None, sums, fc1, fc1_bias, x.shape[2] * x.shape[3])
+    if shares is None:
+        # the splits are added by tiles of many, so there may be as many as fill the GPU
+        (sums,) = _pool.pool(x, None, _pool.value, 1, max_splits=MAX_SPLITS)
+        pixels = x.shape[2] * x.shape[3]
+    else:
+        sums, pixels = shares.contiguous().flatten(0, 1), 1
+    squeeze(u, s if keeps else None, sums, fc1, fc1_bias, pixels)
     _pass(
         _scale_kernel,
         (y, x, residual),

@@ -34,7 +34,8 @@ class Case:
 
     `layout` "sliced" takes the maps out of the middle of a larger tensor in C, H and W; "mixed"
     gives x and the residual different memory formats. `options` switch on what is optional; all ops
-    know "frozen": parameters want no gradient. `tags` say who uses a case:
+    know "frozen": parameters want no gradient, and "inference": nothing does. `tags` say who uses a
+    case:
 
     * "test" runs in the interpreter and on a GPU;
     * "thorough", beside it: only `make test-all` and a GPU take the time;
@@ -69,6 +70,8 @@ class Case:
     @property
     def differentiable(self) -> tuple[str, ...]:
         """The names of the inputs that want a gradient."""
+        if "inference" in self.options:
+            return ()
         frozen = self.subject.parameters if "frozen" in self.options else ()
         return tuple(name for name in self.subject.differentiable if name not in frozen)
 

@@ -2,7 +2,8 @@
 
 `act` is the activation of y. Options: "bias", "residual", "conv" (weights as 1x1 convolutions have
 them), "half" (weights in x's dtype, as fp64 always has them), "hard" (the hard sigmoid as gate),
-the name of an activation between the fcs (else relu), "r=5" for 5 hidden channels (else C / 4).
+the name of an activation between the fcs (else relu), "r=5" for 5 hidden channels (else C / 4),
+"shares" (the means come in parts of 64 pixels, and are others than x's; with "inference").
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ._case import DTYPES, LAYOUTS, Case, Draw, Inputs, Layout, Subject, of_odd_
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 FULL, PLAIN = ("bias", "residual", "conv"), ("bias", "conv")
+SHARES = ("shares", "inference")
 _KINKS = {"relu": (0.0,), "hardswish": (-3.0, 3.0), "hard_sigmoid": (-3.0, 3.0)}
 # torchvision's RegNetY-1.6GF, 4GF and 8GF: width, width of its fcs, pixels
 REGNETY = tuple(
@@ -49,8 +51,10 @@ def _draw(case: Case, draw: Draw) -> Inputs:
     C, R = case.shape[1], _hidden(case)
     bias = "bias" in case.options
     same = "half" in case.options or case.dtype == torch.float64
+    sums = torch.promote_types(case.dtype, torch.float32)
     dtype = case.dtype if same else torch.float32
     end = (1, 1) if "conv" in case.options else ()
+    T = -(-case.shape[2] * case.shape[3] // 64) if "shares" in case.options else 0
     # u and v of about unit size, so that no gate is saturated; dy off-centre, or the one sum of a
     # single channel may cancel down to its rounding
     return {
@@ -61,16 +65,17 @@ def _draw(case: Case, draw: Draw) -> Inputs:
         "fc2_bias": draw.normal(C).to(dtype) if bias else None,
         "residual": draw.residual() if "residual" in case.options else None,
         "dy": draw.map(draw.normal(*case.shape) + 0.5),
+        "shares": ((draw.normal(case.shape[0], T, C) + 0.5) / T).to(sums) if T else None,
     }
 
 
 def _run(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, _ = inputs.values()
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, _, shares = inputs.values()
     assert x is not None
     assert fc1_weight is not None
     assert fc2_weight is not None
     fcs = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return {"y": squeeze_excite(x, *fcs, residual, *_functions(case), case.act)}
+    return {"y": squeeze_excite(x, *fcs, residual, *_functions(case), case.act, shares)}
 
 
 def _settle(case: Case, inputs: Inputs) -> Tensor:
@@ -80,7 +85,7 @@ def _settle(case: Case, inputs: Inputs) -> Tensor:
     """
     act, gate = _functions(case)
     named = {name: None if t is None else t.double() for name, t in inputs.items()}
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, dy = named.values()
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, dy, _ = named.values()
     assert x is not None
     assert fc1_weight is not None
     assert fc2_weight is not None
@@ -123,6 +128,7 @@ def _declare() -> Iterator[Case]:
     for act, options, frozen in itertools.product(ACTIVATIONS, (FULL, PLAIN), ((), ("frozen",))):
         case = replace(base, shape=(2, 8, 5, 6), dtype=torch.bfloat16, act=act)
         yield from tagged("traffic", iter([replace(case, options=(*options, *frozen))]))
+    yield from tagged("traffic", iter([replace(base, options=(*FULL, *SHARES))]))
     yield from tagged("bench", _real(base))
 
 
@@ -152,6 +158,17 @@ def _tests(base: Case) -> Iterator[Case]:
         # more images than a program owns, more splits than are added at once
         yield replace(base, shape=(9, 24, 7, 7), layout=layout)
         yield replace(base, shape=(1, 8, 60, 50), layout=layout)
+    yield from _shared(base)
+
+
+def _shared(base: Case) -> Iterator[Case]:
+    """Yield cases whose means are given: every type, layout, one part and many, without a tail."""
+    for dtype, layout in itertools.product((*DTYPES, torch.float64), ("nchw", "nhwc")):
+        yield replace(base, dtype=dtype, layout=layout, options=(*FULL, *SHARES))
+    shapes = ((3, 17, 7, 7), (9, 24, 7, 7), (2, 12, 19, 23))
+    for shape, layout in itertools.product(shapes, LAYOUTS):
+        yield replace(base, shape=shape, layout=layout, act="silu", options=(*FULL, *SHARES))
+    yield replace(base, act="none", options=(*SHARES, "hard", "gelu"))
 
 
 def _compiles(base: Case) -> Iterator[Case]:
@@ -159,6 +176,7 @@ def _compiles(base: Case) -> Iterator[Case]:
         ("nchw", "nhwc"), (("none", FULL), ("relu", FULL), ("silu", PLAIN), ("none", PLAIN))
     ):
         yield replace(base, layout=layout, act=act, options=options)
+    yield replace(base, options=(*FULL, *SHARES))
 
 
 def _real(base: Case) -> Iterator[Case]:
@@ -171,9 +189,9 @@ def _real(base: Case) -> Iterator[Case]:
         )
     for (C, HW), layout in itertools.product(((256, 56), (1024, 14)), layouts):
         options = (*FULL, f"r={C // 16}")
-        yield replace(
-            base, shape=(256, C, HW, HW), dtype=torch.bfloat16, layout=layout, options=options
-        )
+        for means in ((), SHARES):
+            real = replace(base, shape=(256, C, HW, HW), dtype=torch.bfloat16, layout=layout)
+            yield replace(real, options=(*options, *means))
 
 
 def _gate(base: Case) -> Iterator[Case]:
@@ -188,6 +206,8 @@ def _gate(base: Case) -> Iterator[Case]:
     yield replace(first, dtype=torch.float32, layout="nchw")
     yield replace(first, dtype=torch.float64, act="relu", options=("residual", "r=12"))
     yield replace(first, shape=(1, 512, 7, 7), options=(*PLAIN, "r=128"))
+    for dtype in (torch.bfloat16, torch.float64):
+        yield replace(first, dtype=dtype, act="relu", options=(*FULL, *SHARES, "r=12"))
     for layout in ("nhwc", "nchw", "sliced"):
         yield replace(first, shape=(3, 17, 7, 7), layout=layout, options=(*PLAIN, "r=5"))
 
