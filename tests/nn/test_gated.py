@@ -141,6 +141,21 @@ def test_hooks_see_what_they_are_promised(name: str, ops: dict[str, int], device
     assert seen == shapes * 2
 
 
+@pytest.mark.parametrize("name", ["conv3", "bn3", "relu", "se", "se.fc1", "se.gate"])
+def test_hooks_at_the_end_of_a_block(name: str, device) -> None:
+    model, x = resnet(attn_layer="se").to(device), torch.randn(1, 3, 40, 33, device=device)
+    fused, seen = fuse(model), []
+    module = fused.get_submodule(f"layer1.0.{name}")
+    module.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    found, counted = passes(fused, x, "triton")
+    assert counted["conv2d_act_pool"] == 1  # of the other block
+    assert_right(model, found, x)
+    shapes = list(seen)
+    assert shapes
+    passes(fused, x, "eager")
+    assert seen == shapes * 2
+
+
 @pytest.mark.parametrize("name", ["maxpool", "conv1", "bn1", "relu"])
 def test_a_stem_that_is_watched_pools_by_itself(name: str, device) -> None:
     model, x = resnet().to(device), torch.randn(2, 3, 40, 33, device=device)

@@ -93,8 +93,11 @@ def excited_last(
     last: Unit, se: nn.Module, x: Tensor, residual: Tensor, act: nn.Module
 ) -> Tensor | None:
     """Return `act(se(last(x)) + residual)`, None where `last` does not leave the means for `se`."""
-    fcs, end, tail = _fcs(se, x), _end(last), fusible_act(act)
-    if fcs is None or end is None or tail is None:
+    fcs = _fcs(se, x)
+    if fcs is None:
+        return None
+    end, tail = _end(last), fusible_act(act)
+    if end is None or tail is None:
         return None
     conv: Any = last.conv
     found = conv.by_image(x, None, end)
