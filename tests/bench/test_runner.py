@@ -77,6 +77,17 @@ def test_an_answer_that_turns_wrong_while_it_is_timed_loses_its_times(oracle, cl
     assert row.samples_ms == []
 
 
+def test_what_a_call_holds_at_its_peak_is_in_the_row(oracle, clock) -> None:
+    def wasteful() -> Answers:
+        answer = right()
+        more = torch.empty(1000)
+        del more
+        return answer
+
+    rows = measure([provider("a", right), provider("b", wasteful)], oracle, clock, rounds=1)
+    assert [row.peak_bytes for row in rows] == [4 * 12, 4 * (12 + 1000)]
+
+
 def test_what_raises_is_a_row_and_the_others_are_timed(oracle, clock) -> None:
     def broken() -> Answers:
         raise RuntimeError("no such kernel\nand a long trace")
