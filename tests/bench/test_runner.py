@@ -77,6 +77,17 @@ def test_an_answer_that_turns_wrong_while_it_is_timed_loses_its_times(oracle, cl
     assert row.samples_ms == []
 
 
+def test_what_a_call_holds_at_its_peak_is_in_the_row(oracle, clock) -> None:
+    def wasteful() -> Answers:
+        answer = right()
+        more = torch.empty(1000)
+        del more
+        return answer
+
+    rows = measure([provider("a", right), provider("b", wasteful)], oracle, clock, rounds=1)
+    assert [row.peak_bytes for row in rows] == [4 * 12, 4 * (12 + 1000)]
+
+
 def test_what_raises_is_a_row_and_the_others_are_timed(oracle, clock) -> None:
     def broken() -> Answers:
         raise RuntimeError("no such kernel\nand a long trace")
@@ -136,7 +147,7 @@ def test_every_round_times_everybody_once_in_changing_order(oracle, clock) -> No
         return provider(name, call)
 
     measure([named(name) for name in "abc"], oracle, clock, rounds=6)
-    timed = order[3 * 4 : -3]  # after check and calibration, before the last check
+    timed = order[3 * 5 : -3]  # after check, peak and calibration, before the last check
     rounds = [tuple(timed[i : i + 3]) for i in range(0, len(timed), 3)]
     assert len(rounds) == 1 + 6
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)

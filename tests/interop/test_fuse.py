@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vertebra
+from vertebra.bench import peers
 from vertebra.bench.oracle import Oracle
 from vertebra.bench.small import MEMBERS, build
 from vertebra.interop import _fold, fuse, unfused
@@ -829,3 +830,62 @@ def test_a_planted_mistake_is_found(name, mutation, monkeypatch):
 
 def test_fuse_is_public():
     assert vertebra.fuse is fuse_function
+
+
+# --------------------------------------------------------------------------- maps that hooks keep
+
+KEEPERS = {
+    "own": lambda: own("resnet: basic"),
+    "torchvision": lambda: peers.torchvision_module("models.resnet").resnet18(num_classes=5),
+    "timm": lambda: peers.timm().create_model("resnet18", num_classes=5),
+    "timm's features": lambda: peers.timm().create_model("resnet18", features_only=True),
+    "timm's excitation": lambda: peers.timm().create_model("seresnet18", num_classes=5),
+}
+
+
+def kept(model: nn.Module, kind: type) -> dict[str, tuple[bool, Tensor]]:
+    """Return the maps that hooks on modules of a kind keep, each with whether it stays as it was.
+
+    By the modules' names.
+    """
+    maps: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(
+                lambda m, i, y, name=name: maps.update({name: (y, y.clone())})
+            )
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    return {name: (torch.equal(y, was), y) for name, (y, was) in maps.items()}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", KEEPERS)
+def test_what_a_hook_of_a_convolution_keeps_is_not_overwritten(name: str, path: str) -> None:
+    """But where it is in the model itself: an excitation has no norm before its activation."""
+    model = randomize(KEEPERS[name]()).eval()
+    fused = fuse(model)
+    with vertebra.backend("eager"):
+        theirs = kept(model, nn.Conv2d)
+    mine = kept(fused, FusedConv2d)
+    assert {n for n, (stays, _) in mine.items() if not stays} == {
+        n for n, (stays, _) in theirs.items() if not stays
+    }
+    assert all(stays for n, (stays, _) in mine.items() if "se." not in n)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["torchvision", "own"])
+def test_what_a_hook_of_a_norm_keeps_is_as_in_the_model_itself(name: str, path: str) -> None:
+    """An activation in place writes over it in both; an add does only in torchvision's."""
+    model = randomize(KEEPERS[name]()).eval()
+    fused = fuse(model)
+    with vertebra.backend("eager"):
+        theirs = kept(model, nn.BatchNorm2d)
+    mine = kept(fused, Folded)
+    assert mine.keys() == theirs.keys()
+    assert not mine["bn1"][0]
+    for n, (stays, y) in mine.items():
+        assert stays >= theirs[n][0]
+        if stays == theirs[n][0]:
+            torch.testing.assert_close(y, theirs[n][1], rtol=1e-3, atol=1e-3)

@@ -16,6 +16,7 @@ import vertebra
 from vertebra.interop import _swap
 from vertebra.interop._swap import Swapped
 from vertebra.interop.accelerate import accelerate, restore
+from vertebra.kernels._op import Call, observe
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("transformers")]
 
@@ -548,3 +549,39 @@ def test_a_changed_forward_is_left_alone(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         accelerate(ours)
+
+
+@pytest.mark.parametrize("family", ["convnext", "convnextv2", "dinov3-convnext"])
+@pytest.mark.usefixtures("eager_on_one_thread")
+def test_a_fused_layer_runs_gelu_with_the_convolution_before_it(family: str) -> None:
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.gelu(x)
+
+    def acts(model: nn.Module) -> Counter[str]:
+        """Return how many convolutions end in which activation."""
+        calls: list[Call] = []
+        with observe(calls.append):
+            model(x)
+        return Counter(call.args[9] for call in calls if call.op.name == "conv2d_act")
+
+    model, x = build(family).eval(), images()
+    gelus = [n for n, m in model.named_modules() if type(m).__name__ == "GELUActivation"]
+    with torch.no_grad():
+        fused = vertebra.fuse(model)
+        assert acts(fused)["gelu"] == len(gelus) == 3
+        assert type(fused.get_submodule(gelus[0])).__name__ == "GELUActivation"
+        torch.testing.assert_close(tensors(fused(x)), tensors(model(x)))
+        # each for itself: a hook, a kernel of the hub, erf in Python, a class of somebody
+        fused.get_submodule(gelus[0]).register_forward_hook(lambda *_: None)
+        assert acts(fused)["gelu"] == 2
+        for change in (
+            {"forward": nn.functional.gelu},
+            {"act": lambda x: nn.functional.gelu(x)},
+            {"__class__": Watched},
+        ):
+            twin = vertebra.fuse(model)
+            for name, value in change.items():
+                setattr(twin.get_submodule(gelus[1]), name, value)
+            assert acts(twin)["gelu"] == 2
+            torch.testing.assert_close(tensors(twin(x)), tensors(model(x)))

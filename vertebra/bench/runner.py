@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .clock import Clock, Step, Timer, reserved_bytes, synchronize
+from .memory import peak_bytes
 from .oracle import Answers, Oracle
 from .results import Comparison, Row
 
@@ -218,22 +219,18 @@ def _check(row: Row, answers: Answers, oracle: Oracle) -> None:
 
 
 def _weigh(row: Row, step: Step, device: torch.device, reserved: int) -> None:
-    """Fill in what a call needs of a GPU's memory, weights included, and what it saves.
+    """Fill in what a call needs of memory, of a GPU's weights included, and what it saves.
 
     A step with a backward half has its forward half as `forward`. Memory that CUDA graphs hold for
     good shows as reserved, other memory as allocated.
     """
     if hasattr(step, "forward"):
         row.saved_bytes = saved_bytes(step)
-    if device.type != "cuda":
-        return
-    for _ in range(2):  # graphs are recorded by the second call
-        step(1)
+    if device.type == "cuda":
+        for _ in range(2):  # graphs are recorded by the second call
+            step(1)
     held = reserved_bytes(device) - reserved
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step(1)
-    row.peak_bytes = held + torch.cuda.max_memory_allocated(device) - before
+    row.peak_bytes = held + peak_bytes(lambda: step(1), device)
 
 
 def saved_bytes(step: Any) -> int:

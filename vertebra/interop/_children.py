@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import conv_norm_act, norm_act
+from ..nn import FusedConv2d, conv_norm_act, norm_act
 from ..nn._act import fusible_act
-from ..nn.fused import Folded, is_fused
+from ..nn.fused import Folded
 from ..nn.norm_act import is_bare
 
 
@@ -28,7 +28,8 @@ def in_steps(
         (name, module), *rest = rest
         run: Any = module
         norm = partial(norm_act, module)
-        if name not in wanted and rest and is_fused(module) and type(rest[0][1]) is Folded:
+        is_conv = isinstance(module, FusedConv2d)
+        if name not in wanted and rest and is_conv and type(rest[0][1]) is Folded:
             (name, folded), *rest = rest
             run = norm = partial(conv_norm_act, module, folded)
         elif not is_bare(module):

@@ -439,23 +439,22 @@ class _ConvNeXtBlock:
     use_conv_mlp: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_dw(x)
-        if is_fused(self.mlp.fc2) and takes_add(self.mlp, self.gamma, self.drop_path):
-            return self._with_add(y, self.shortcut(x))
-        if self.use_conv_mlp:
-            y = self.mlp(self.norm(y))
-        else:
-            y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        mlp = self.mlp
+        if is_fused(mlp.fc2) and takes_add(mlp, self.gamma, self.drop_path):
+            between = mlp.grn if hasattr(mlp, "grn") else mlp.norm
+            shortcut = self.shortcut(x)
+            shortcut = shortcut if self.use_conv_mlp else shortcut.permute(0, 2, 3, 1)
+            # without a name here, what is normalised is freed as soon as fc1 has read it
+            y = mlp_add(self._normed(x), shortcut, mlp.fc1, mlp.act, between, mlp.fc2)
+            return y if self.use_conv_mlp else y.permute(0, 3, 1, 2)
+        y = mlp(self._normed(x))
+        y = y if self.use_conv_mlp else y.permute(0, 3, 1, 2)
         return drop_add(self.drop_path, y, self.shortcut(x), self.gamma)
 
-    def _with_add(self, y: Tensor, shortcut: Tensor) -> Tensor:
-        """Run the MLP's layers one by one, the last with the add."""
-        mlp, in_rows = self.mlp, not self.use_conv_mlp
-        if in_rows:
-            y, shortcut = y.permute(0, 2, 3, 1), shortcut.permute(0, 2, 3, 1)
-        between = mlp.grn if hasattr(mlp, "grn") else mlp.norm
-        y = mlp_add(self.norm(y), shortcut, mlp.fc1, mlp.act, between, mlp.fc2)
-        return y.permute(0, 3, 1, 2) if in_rows else y
+    def _normed(self, x: Tensor) -> Tensor:
+        """Return what the MLP reads, (N, H, W, C) if it has linear layers."""
+        y = self.conv_dw(x)
+        return self.norm(y if self.use_conv_mlp else y.permute(0, 2, 3, 1))
 
 
 @accelerates("timm.models._features.FeatureDictNet", _collect="3ff52ed095a0 dbc473fa0061")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._layered import Layered, in_row, unit_of
-from ._swap import Refuses, accelerates, reading
+from ._swap import Refuses, accelerates, path_of, reading
 
 R = TypeVar("R", bound=type)
 
@@ -325,9 +326,30 @@ def _is_passed(drop: nn.Module) -> bool:
     return is_idle(drop)
 
 
-def _mlp(
+_GELU = nn.GELU()
+
+
+def _as_torchs(act: nn.Module) -> nn.Module:
+    """Return torch's GELU in place of transformers' that computes the same, if nobody watches it.
+
+    That one is no module to put on another class: transformers has kernels of the hub replace it,
+    by a `forward` on the instance.
+    """
+    if path_of(type(act)) != "transformers.activations.GELUActivation" or has_hooks(act):
+        return act
+    computes: Any = getattr(act, "act", None)
+    return _GELU if computes is nn.functional.gelu and _calls_act(type(act)) else act
+
+
+@cache
+def _calls_act(cls: type[nn.Module]) -> bool:
+    return reading(cls.forward) == "9840a4c5ac1b"
+
+
+def _layer(
     x: Tensor,
-    residual: Tensor,
+    conv: nn.Module,
+    norm: nn.Module,
     fc1: nn.Module,
     act: nn.Module,
     grn: nn.Module | None,
@@ -335,17 +357,19 @@ def _mlp(
     gamma: Tensor | None,
     drop: nn.Module,
 ) -> Tensor:
-    """Return `residual + drop(gamma * fc2(grn(act(fc1(x)))))`; only x is of (N, H, W, C)."""
+    """Return `x + drop(gamma * fc2(grn(act(fc1(norm(conv(x)))))))`; x is of (N, C, H, W)."""
     if is_fused(fc2) and _is_passed(drop) and takes_add(fc2, gamma, None):
-        rows = mlp_add(x, residual.permute(0, 2, 3, 1), fc1, act, grn, fc2)
-        return rows.permute(0, 3, 1, 2)
-    x = act(fc1(x))
-    x = fc2(x if grn is None else grn(x)).permute(0, 3, 1, 2)
+        rows, act = x.permute(0, 2, 3, 1), _as_torchs(act)
+        # without a name here, what is normalised is freed as soon as fc1 has read it
+        y = mlp_add(norm(conv(x).permute(0, 2, 3, 1)), rows, fc1, act, grn, fc2)
+        return y.permute(0, 3, 1, 2)
+    y = act(fc1(norm(conv(x).permute(0, 2, 3, 1))))
+    y = fc2(y if grn is None else grn(y)).permute(0, 3, 1, 2)
     if _is_passed(drop):
-        return drop_path_add(x, residual, gamma)
+        return drop_path_add(y, x, gamma)
     if isinstance(drop, _DropPath) and not has_hooks(drop):
-        return drop_path_add(x, residual, gamma, drop_prob=drop.drop_prob)
-    return residual + drop(x if gamma is None else drop_path_add(x, gamma=gamma))
+        return drop_path_add(y, x, gamma, drop_prob=drop.drop_prob)
+    return x + drop(y if gamma is None else drop_path_add(y, gamma=gamma))
 
 
 @_accelerates("8832212f4b03", "convnext.modeling_convnext.ConvNextLayer")
@@ -360,9 +384,8 @@ class _ConvNextLayer:
     drop_path: nn.Module
 
     def forward(self, features: Tensor) -> Tensor:
-        y = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
-        layers = (self.pwconv1, self.act, None, self.pwconv2)
-        return _mlp(y, features, *layers, self.layer_scale_parameter, self.drop_path)
+        layers = (self.dwconv, self.layernorm, self.pwconv1, self.act, None, self.pwconv2)
+        return _layer(features, *layers, self.layer_scale_parameter, self.drop_path)
 
 
 @_accelerates("85f4d7d3b45e", "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextLayer")
@@ -377,9 +400,9 @@ class _DINOv3ConvNextLayer:
     drop_path: nn.Module
 
     def forward(self, features: Tensor) -> Tensor:
-        y = self.layer_norm(self.depthwise_conv(features).permute(0, 2, 3, 1))
-        layers = (self.pointwise_conv1, self.activation_fn, None, self.pointwise_conv2)
-        return _mlp(y, features, *layers, self.gamma, self.drop_path)
+        mlp = (self.pointwise_conv1, self.activation_fn, None, self.pointwise_conv2)
+        layers = (self.depthwise_conv, self.layer_norm, *mlp)
+        return _layer(features, *layers, self.gamma, self.drop_path)
 
 
 @_accelerates("7a165115968a", "convnextv2.modeling_convnextv2.ConvNextV2Layer")
@@ -394,9 +417,8 @@ class _ConvNextV2Layer:
     drop_path: nn.Module
 
     def forward(self, features: Tensor) -> Tensor:
-        y = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
-        layers = (self.pwconv1, self.act, self.grn, self.pwconv2)
-        return _mlp(y, features, *layers, None, self.drop_path)
+        layers = (self.dwconv, self.layernorm, self.pwconv1, self.act, self.grn, self.pwconv2)
+        return _layer(features, *layers, None, self.drop_path)
 
 
 @_accelerates("3f41201c492d", "convnextv2.modeling_convnextv2.ConvNextV2GRN")

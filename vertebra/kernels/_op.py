@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 
 from ._signature import Signatures
 from ._watch import watching
@@ -229,6 +230,7 @@ def is_observed() -> bool:
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_PIXELS = 2**31 - 2**16
+_EMPTY = "empty input"
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -246,14 +248,24 @@ def refuses(x: Tensor, *rest: Any) -> str | None:
         return f"device {x.device.type} (Triton needs a GPU, or TRITON_INTERPRET=1 on the CPU)"
     if x.dtype not in _DTYPES:
         return f"dtype {x.dtype}"
-    numel = x.numel()
-    if numel == 0:
-        return "empty input"
-    if numel >= _MAX_PIXELS and numel // x.shape[1] >= _MAX_PIXELS:
-        return "N*H*W does not fit a 32-bit pixel index"
+    if (reason := _refuses_size(x)) is not None:
+        return reason
     for v in rest:
         if isinstance(v, Tensor) and v.dim() == 1 and not v.is_contiguous():
             return "a vector that is not contiguous"
+    return None
+
+
+def _refuses_size(x: Tensor) -> str | None:
+    is_so: Callable[[Any], bool] = bool
+    if torch.compiler.is_exporting():
+        # asked about, a size that is not known yet would be limited to what answers like this one
+        from torch.fx.experimental.symbolic_shapes import statically_known_true as is_so
+    numel = x.numel()
+    if is_so(numel == 0):
+        return _EMPTY
+    if is_so(numel >= _MAX_PIXELS) and is_so(numel // x.shape[1] >= _MAX_PIXELS):
+        return "N*H*W does not fit a 32-bit pixel index"
     return None
 
 
@@ -270,7 +282,7 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 
     def register(impl: Callable[..., Any]) -> Registered:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        registered = Registered(getattr(torch.ops.vertebra, name).default, impl)
+        registered = Registered(getattr(torch.ops.vertebra, name).default, impl, fake)
         _library.impl(name, registered.dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vertebra::{name}", fake, lib=_library)
         return registered
@@ -281,9 +293,10 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 class Registered:
     """A registered op, which plain eager calls reach without PyTorch's dispatcher."""
 
-    def __init__(self, op: Any, impl: Callable[..., Any]) -> None:
+    def __init__(self, op: Any, impl: Callable[..., Any], allocate: Callable[..., Any]) -> None:
         self.op = op
         self._impl = self._direct = impl
+        self._allocate = allocate
 
     def __call__(self, *args: Any) -> Any:
         return self.op(*args) if torch.compiler.is_compiling() else self._replay(*args)
@@ -294,7 +307,14 @@ class Registered:
         return impl
 
     def dispatched(self, *args: Any) -> Any:
-        """Run for PyTorch's dispatcher."""
+        """Run for PyTorch's dispatcher: of an exported program the first to know all sizes."""
+        reason = _refuses_size(args[0])
+        if reason == _EMPTY:
+            return tree_map_only(Tensor, torch.zero_, self._allocate(*args))  # sums of nothing
+        if reason is not None:
+            raise NotImplementedError(
+                f"{self.op} cannot run: {reason}. Give the program smaller batches."
+            )
         return self._dispatched_replay(*args)
 
     def _run(self, *args: Any) -> Any:

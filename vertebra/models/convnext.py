@@ -75,7 +75,7 @@ def _norm(
 
 
 class Mlp(nn.Module):
-    """`fc2(grn(act(fc1(x)))) + residual` of every pixel; V2's GRN, which V1 lacks, looks at all."""
+    """`fc2(grn(act(fc1(x))))` of every pixel; V2's GRN, which V1 lacks, looks at all of them."""
 
     def __init__(self, config: ConvNeXtConfig, channels: int) -> None:
         super().__init__()
@@ -90,10 +90,8 @@ class Mlp(nn.Module):
         )
         self.fc2 = layer(hidden, channels)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is None:
-            return self.fc2(self.grn(self.act(self.fc1(x))))
-        return mlp_add(x, residual, self.fc1, self.act, self.grn, self.fc2)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.grn(self.act(self.fc1(x))))
 
 
 class ConvNeXtBlock(nn.Module):
@@ -131,14 +129,19 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = DropPathAdd(drop_prob=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        adds = is_fused(self.mlp.fc2) and takes_add(self.mlp, self.gamma, self.drop_path)
+        mlp = self.mlp
+        if type(mlp) is Mlp and is_fused(mlp.fc2) and takes_add(mlp, self.gamma, self.drop_path):
+            residual = x if self.conv_mlp else x.permute(0, 2, 3, 1)
+            # without a name here, what is normalised is freed as soon as fc1 has read it
+            y = mlp_add(self._normed(x), residual, mlp.fc1, mlp.act, mlp.grn, mlp.fc2)
+            return y if self.conv_mlp else y.permute(0, 3, 1, 2)
+        y = mlp(self._normed(x))
+        return self.drop_path(y if self.conv_mlp else y.permute(0, 3, 1, 2), x, self.gamma)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """Return what the MLP reads, (N, H, W, C) if it has linear layers."""
         y = self.conv_dw(x)
-        if self.conv_mlp:
-            y = self.mlp(self.norm(y), x if adds else None)
-        else:
-            residual = x.permute(0, 2, 3, 1) if adds else None
-            y = self.mlp(self.norm(y.permute(0, 2, 3, 1)), residual).permute(0, 3, 1, 2)
-        return y if adds else self.drop_path(y, x, self.gamma)
+        return self.norm(y if self.conv_mlp else y.permute(0, 2, 3, 1))
 
 
 def _check_size(x: Tensor, stride: int, reduction: int) -> None:

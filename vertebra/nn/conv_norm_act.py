@@ -75,6 +75,10 @@ def conv_norm_act(
             if isinstance(conv, FusedConv2d):
                 return conv_act_pool(conv, x, residual, end, pool)
             return pooled(conv(x, residual, end), pool)
+        y = conv(x)
+        if has_hooks(conv):  # who has kept y keeps it from an activation in place, as of old
+            y = y.clone()
+        return norm_act(norm, y, act, residual, pool, drop)
     return norm_act(norm, conv(x), act, residual, pool, drop)
 
 

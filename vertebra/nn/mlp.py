@@ -43,22 +43,26 @@ def mlp_add(
     fc2: nn.Module,
 ) -> Tensor:
     """Return `fc2(between(act(fc1(x)))) + residual` of every image, for a fused fc2."""
+    count = _images_at_a_time(x, fc1)
+    if count is not None:
+        y = torch.empty_like(residual)
+        for part in zip(x.split(count), residual.split(count), y.split(count), strict=True):
+            part[2].copy_(mlp_add(*part[:2], fc1, act, between, fc2))
+        return y
+    name = fusible_act(act) if is_fused(fc1) else None
+    # one name for all maps: one that has been read is freed
+    x = act(fc1(x)) if name is None else fc1(x, None, name)
+    x = x if between is None else between(x)
+    return fc2(x, residual)
 
-    def run(x: Tensor, residual: Tensor) -> Tensor:
-        name = fusible_act(act) if is_fused(fc1) else None
-        y = act(fc1(x)) if name is None else fc1(x, None, name)
-        return fc2(y if between is None else between(y), residual)
 
+def _images_at_a_time(x: Tensor, fc1: Any) -> int | None:
+    """Return how many images to take at a time, None for all of them."""
     if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or not _is_for_cpu(x):
-        return run(x, residual)
+        return None
     hidden = fc1.weight.shape[0] * (x[:1].numel() // fc1.weight.shape[1]) * x.element_size()
     count = max(1, _MAX_HIDDEN_BYTES // max(1, hidden))
-    if count >= len(x):
-        return run(x, residual)
-    y = torch.empty_like(residual)
-    for part in zip(x.split(count), residual.split(count), y.split(count), strict=True):
-        part[2].copy_(run(*part[:2]))
-    return y
+    return None if count >= len(x) else count
 
 
 def _is_for_cpu(x: Tensor) -> bool:
