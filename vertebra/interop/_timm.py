@@ -206,10 +206,11 @@ class _Bottleneck(InParts):
     def narrow(self, x: Tensor) -> Tensor:
         return conv_norm_act(self.conv1, self.bn1, x, self.act1)
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = conv_norm_act(self.conv2, self.bn2, y, self.act2, drop=self.drop_block)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.aa(y), shortcut
+    def work(self, y: Tensor) -> Tensor:
+        return self.aa(conv_norm_act(self.conv2, self.bn2, y, self.act2, drop=self.drop_block))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
 
     def widen(self, y: Tensor, shortcut: Tensor) -> Tensor:
         return _end(self.conv3, self.bn3, y, self.act3, shortcut, self)
@@ -221,6 +222,11 @@ class _Bottleneck(InParts):
         if self.se is not None:
             return None
         return end_of(self.conv3, self.bn3, self.act3, self.drop_path)
+
+    def work_end(self) -> End | None:
+        if not is_idle(self.aa):
+            return None
+        return end_of(self.conv2, self.bn2, self.act2, self.drop_block, side=3)
 
 
 def _in_pairs(modules: Iterable[nn.Module], x: Tensor) -> Tensor:

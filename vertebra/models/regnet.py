@@ -158,7 +158,7 @@ class _Block(nn.Module):
         return x if self.adds else None
 
 
-class ResBottleneckBlock(InParts, _Block):
+class ResBottleneckBlock(_Block, InParts):
     """`act(drop_path(f(x)) + proj(x))`, where f is a `BottleneckTransform`.
 
     The add and the activation are part of f's last op, unless stochastic depth comes before them.
@@ -200,8 +200,8 @@ class ResBottleneckBlock(InParts, _Block):
     def narrow(self, x: Tensor) -> Tensor:
         return self.f.a(x)
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.f.b(y), self.shortcut(x)
+    def work(self, y: Tensor) -> Tensor:
+        return self.f.b(y)
 
     def widen(self, y: Tensor, shortcut: Tensor | None) -> Tensor:
         return self.activation(self.f.c(y, shortcut))
