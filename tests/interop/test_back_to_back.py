@@ -21,7 +21,8 @@ from vertebra.kernels._op import Call, observe
 from vertebra.models import RegNetConfig, ResNetConfig
 from vertebra.models.regnet import RegNet
 from vertebra.models.resnet import ResNet
-from vertebra.nn.back_to_back import BackToBack
+from vertebra.nn.back_to_back import BackToBack, end_of
+from vertebra.nn.fused import Folded, FusedConv2d
 from vertebra.testing.parity import randomize
 
 SHAPE = (1, 3, 20, 17)
@@ -114,6 +115,26 @@ def test_what_is_not_just_a_3x3_stays_apart(options: dict[str, Any], expected: i
     y, ops = run(fuse(model), x)
     assert not judge(model, x, y)
     assert ops["3x3"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({}, True),
+        ({"stride": 2}, False),
+        ({"padding": 0}, False),
+        ({"dilation": 2}, False),
+        ({"padding": 2, "dilation": 2}, False),
+        ({"padding_mode": "reflect"}, False),
+        ({"groups": 2}, False),
+        ({"kernel_size": 5, "padding": 2}, False),
+    ],
+    ids=str,
+)
+def test_which_convolution_is_a_3x3(options: dict[str, Any], fits: bool) -> None:
+    conv = FusedConv2d(4, 4, **{"kernel_size": 3, "padding": 1, **options})
+    assert (end_of(conv, Folded(4), nn.ReLU(), side=3) is not None) is fits
+    assert end_of(conv, Folded(4), nn.ReLU()) is None
 
 
 def test_a_3x3_is_left_apart_until_that_is_measured(tmp_path, monkeypatch) -> None:
