@@ -226,6 +226,7 @@ def _b2b_kernel(
     ACT: tl.constexpr,
     NEXT_ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    VIEW: tl.constexpr,
     BOX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -249,7 +250,7 @@ def _b2b_kernel(
     n = tl.program_id(0) // (boxes_q * boxes_p) * BOX[0]
 
     # in all loops at least one round, and the compiler knows: else ptxas may serialize the products
-    if mid_weight_desc is None:
+    if VIEW == "matrix":
         h = x_desc.load([n, p, q, 0]).reshape(BLOCK_M, BLOCK_C).T
     else:
         of_mid = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
@@ -319,6 +320,7 @@ def forward(
         ACT=act,
         NEXT_ACT=next_act,
         PRECISION=precision if pair.x.dtype == torch.float32 else None,
+        VIEW="matrix" if taps is None else "images",
         BOX=box,
         **config._asdict(),
         **registers,
