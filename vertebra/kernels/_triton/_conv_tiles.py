@@ -288,15 +288,14 @@ def run(site: Site, affine: Affine, act: str, precision: str, config: Config) ->
         WINDOW=(R, S),
         VIEW=_view(site),
         **config._asdict(),
-        y_desc=boxes_of(site.y if site.writes else None, (*box, config.BLOCK_K)),
+        y_desc=_boxes(site.y if site.writes else None, (*box, config.BLOCK_K)),
         x_desc=_boxes_of_input(site, (*box, config.BLOCK_C)),
         weight_desc=described(filters, (config.BLOCK_K, config.BLOCK_C)),
-        residual_desc=boxes_of(site.residual, (*box, config.BLOCK_K)),
+        residual_desc=_boxes(site.residual, (*box, config.BLOCK_K)),
     )
 
 
-def boxes_of(t: Tensor | None, box: tuple[int, int, int, int]) -> TensorDescriptor | None:
-    """Return a descriptor of a map in boxes of images, rows, columns and channels."""
+def _boxes(t: Tensor | None, box: tuple[int, int, int, int]) -> TensorDescriptor | None:
     return None if t is None else described(t.permute(0, 2, 3, 1), box)
 
 

@@ -262,7 +262,7 @@ def _b2b_kernel(
             r, s, b = advanced(r, s, b, B, 3, BLOCK_B)
         channels = tl.arange(0, BLOCK_C)[:, None]
         of_mid += load_channels(mid_bias_ptr, channels, C, tl.float32, 0.0)
-        # behind the last channel weights are 0, and act(0) is finite
+        # behind the last channel and the last filter there are weights of 0, and act(0) is finite
         h = MID_ACT(of_mid).to(x_desc.dtype)
 
     sums = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
