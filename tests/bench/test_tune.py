@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vertebra.bench.settings import Settings
 from vertebra.bench.tune import Place
 from vertebra.kernels import _choices
 from vertebra.kernels._conv2d import Arguments, site
+from vertebra.kernels._op import observe
 
 testing = pytest.importorskip("typer.testing")
 
@@ -59,8 +61,17 @@ def pair() -> Place:
         torch.empty(*sizes, 1, 1, dtype=torch.float16, device="meta")
         for sizes in ((32, 16), (16, 32))
     )
-    a = tune.Pair(maps(16), weight, following, None, None, maps(32), "relu", "relu", "", "")
+    acts = ("relu", "relu")
+    front = (None, None, "none")
+    a = tune.Pair(maps(16), weight, following, None, None, maps(32), *acts, *front, "", "")
     return Place(tune.PAIRS, a, 2)
+
+
+def bottleneck() -> Place:
+    a = pair().arguments
+    mid = torch.empty(16, 16, 3, 3, dtype=torch.float16, device="meta")
+    mid = mid.contiguous(memory_format=torch.channels_last)
+    return Place(tune.PAIRS, a._replace(mid_weight=mid, mid_act="relu"), 2)
 
 
 def run(where: Place, names: list[str]) -> Report:
@@ -132,8 +143,8 @@ def test_a_wrong_candidate_is_reported_and_never_chosen(monkeypatch) -> None:
     assert table() == {where.site: {"2": "plain"}}
 
 
-def test_pairs_are_measured_against_the_two_apart() -> None:
-    where = pair()
+@pytest.mark.parametrize("where", [pair(), bottleneck()], ids=["pair", "with 3x3"])
+def test_pairs_are_measured_against_the_convolutions_apart(where: Place) -> None:
     problem = tune.Problem.create(where, 2, torch.device("cpu"))
     names = tune.PAIRS.candidates(*problem.sets[0])[:2]
     assert names[0] == "apart"
@@ -145,15 +156,34 @@ def test_pairs_are_measured_against_the_two_apart() -> None:
     assert not table()
 
 
+def test_a_pair_with_a_3x3_competes_with_the_best_of_the_pair() -> None:
+    """Apart, the pair runs as its own table says, which is there by then."""
+    kernel = "triton:64x64:w4:s2"
+    _choices.write("conv2d_b2b", DEVICE, {pair().site: {2: kernel}}, {})
+    seen: list[tuple[str, str]] = []
+    problem = tune.Problem.create(bottleneck(), 2, torch.device("cpu"))
+    with observe(lambda call: seen.append((call.op.name, call.path))):
+        problem.provider("apart", True).make()(0)
+    expected = [("conv2d_b2b", "apart"), ("conv2d_act", "triton"), ("conv2d_b2b", "triton")]
+    assert seen[-3:] == expected
+
+
 def test_the_pairs_of_a_network_are_found() -> None:
     x = torch.randn(1, 3, 64, 64, dtype=torch.float16)
     bottlenecks, plain = (
         tune.pairs(vertebra.fuse(vertebra.create_model(name).half().eval()), x)
         for name in ("resnet50", "resnet18")
     )
-    # between 3, 4 and 6 blocks; the last stage ends in the pool
-    assert sum(place.count for place in bottlenecks) == 2 + 3 + 5
-    assert bottlenecks[0].site == "64x16x16 > 256 > 64 float16 residual"
+    counts = Counter[int]()
+    for place in bottlenecks:
+        counts[place.convolutions] += place.count
+    # between 3, 4 and 6 blocks; the last stage ends in the pool, other first blocks have a stride
+    assert counts == {2: 2 + 3 + 5, 3: 2 + 2 + 4}
+    sites = [place.site for place in bottlenecks]
+    assert sites[:2] == [
+        "64x16x16 > 64 3x3 > 256 > 64 float16 residual",
+        "64x16x16 > 256 > 64 float16 residual",
+    ]
     assert not plain
 
 
@@ -215,6 +245,7 @@ def test_a_run_has_its_table_on_a_page(tmp_path) -> None:
     """What is timed goes in with what is not, and what is not told apart as untuned."""
     rows = [Row("cudnn", True, samples_ms=[2.0] * 3), Row("triton:x", False, samples_ms=[1.0] * 3)]
     facts = {"op": "conv2d_act", "site": "8x5x7 > 16 1x1", "batch": 4, "count": 3, "dtype": "fp32"}
+    facts["convolutions"] = 1
     failed = Comparison("b", [Row("cudnn", True, "FAILED")], facts=facts)
     report = Report("tune", {"device": "a GPU", "torch": "2"}, {})
     report.comparisons += [Comparison("a", rows, facts=facts), failed]

@@ -7,6 +7,7 @@ import pickle
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 from vertebra.bench import peers
 from vertebra.bench.oracle import Oracle
 from vertebra.interop import fuse
-from vertebra.kernels import backend
-from vertebra.kernels._op import observe
+from vertebra.kernels import _choices, backend
+from vertebra.kernels._b2b import Arguments
+from vertebra.kernels._op import Call, observe
 from vertebra.models import RegNetConfig, ResNetConfig
 from vertebra.models.regnet import RegNet
 from vertebra.models.resnet import ResNet
-from vertebra.nn.back_to_back import BackToBack
+from vertebra.nn.back_to_back import BackToBack, end_of
+from vertebra.nn.fused import Folded, FusedConv2d
 from vertebra.testing.parity import randomize
 
 SHAPE = (1, 3, 20, 17)
+DEEP = {"layers": (1, 1, 4, 1), "hidden_sizes": (64,) * 4}
 OURS = {
     "resnet": {},
     "resnext": {"groups": 4, "width_per_group": 16},
@@ -40,15 +44,25 @@ def own(name: str, **options: Any) -> nn.Module:
     if name.startswith("regnet"):
         options |= {"layer_type": name[-1]} if name[-2] == " " else {"drop_path_rate": 0.1}
         return randomize(_regnet(**options)).eval()
-    shape = {"layers": (2, 3, 1), "hidden_sizes": (32, 64, 64), "embedding_size": 8}
-    options |= OURS[name] | {"num_classes": 5}
-    return randomize(ResNet(ResNetConfig("bottleneck", **shape, **options))).eval()
+    shape = {"layers": (2, 3, 1), "hidden_sizes": (64, 64, 64), "embedding_size": 8}
+    options = shape | OURS[name] | {"num_classes": 5} | options
+    return randomize(ResNet(ResNetConfig("bottleneck", **options))).eval()
 
 
 def run(model: nn.Module, x: Tensor, path: str = "triton") -> tuple[dict[str, Tensor], Counter]:
-    """Return the answers of a model, and how often it calls which op on Triton."""
+    """Return the answers of a model, and how often it calls which op on Triton.
+
+    Of the calls of `conv2d_b2b` also, as "3x3", how many have one in front.
+    """
     found = Counter[str]()
-    with backend(path), observe(lambda call: found.update([call.op.name])), torch.no_grad():  # pyright: ignore
+
+    def note(call: Call) -> None:
+        found[call.op.name] += 1
+        if call.op.name == "conv2d_b2b":
+            found["3x3"] += Arguments(*call.args).mid_weight is not None
+
+    # the interpreter computes with numpy, which warns where exp(-x) of a SiLU is infinite
+    with backend(path), observe(note), torch.no_grad(), np.errstate(over="ignore"):
         y = model(x)
     if isinstance(y, dict):
         y = [*y.values()]
@@ -80,8 +94,62 @@ def test_our_networks(name: str, dtype: torch.dtype) -> None:
     y, ops = run(fused, x)
     assert not judge(model, x, y)
     assert ops["conv2d_b2b"] == {"regnet x": 2, "regnet drop": 2, "regnet y": 0}.get(name, 3)
-    together = ops["conv2d_act"] + 2 * ops["conv2d_b2b"] + ops["conv2d_act_pool"]
+    # the first block of stage 1, the second of stage 2: before that there is a stride
+    assert ops["3x3"] == (2 if name in ("resnet", "drop", "silu") else 0)
+    together = ops["conv2d_act"] + 2 * ops["conv2d_b2b"] + ops["3x3"] + ops["conv2d_act_pool"]
     assert together == run(fused, x, "eager")[1]["conv2d_act"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"aa_layer": "blur"}, 2),  # which has the stride of a 3x3 that has none
+        (DEEP, 2),
+        (DEEP | {"output_stride": 8}, 1),  # the others of the third stage are dilated
+        ({"drop_block_rate": 0.1}, 2),
+    ],
+    ids=str,
+)
+def test_what_is_not_just_a_3x3_stays_apart(options: dict[str, Any], expected: int) -> None:
+    model, x = own("resnet", **options), torch.randn(SHAPE)
+    y, ops = run(fuse(model), x)
+    assert not judge(model, x, y)
+    assert ops["3x3"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({}, True),
+        ({"stride": 2}, False),
+        ({"padding": 0}, False),
+        ({"dilation": 2}, False),
+        ({"padding": 2, "dilation": 2}, False),
+        ({"padding_mode": "reflect"}, False),
+        ({"groups": 2}, False),
+        ({"kernel_size": 5, "padding": 2}, False),
+    ],
+    ids=str,
+)
+def test_which_convolution_is_a_3x3(options: dict[str, Any], fits: bool) -> None:
+    conv = FusedConv2d(4, 4, **{"kernel_size": 3, "padding": 1, **options})
+    assert (end_of(conv, Folded(4), nn.ReLU(), side=3) is not None) is fits
+    assert end_of(conv, Folded(4), nn.ReLU()) is None
+
+
+def test_a_3x3_is_left_apart_until_that_is_measured(tmp_path, monkeypatch) -> None:
+    model, x = own("resnet").half(), torch.randn(SHAPE).half()
+    fused = fuse(model)
+    monkeypatch.setattr(_choices, "user_folder", lambda: tmp_path)
+    _choices.forget()
+    assert run(fused, x, "auto")[1]["3x3"] == 0
+    site, device = "16x3x3 > 16 3x3 > 64 > 16 float16 residual", _choices.device_name(x.device)
+    _choices.write("conv2d_b2b", device, {site: {1: "triton"}}, {})
+    y, ops = run(fused, x, "auto")
+    assert ops["3x3"] == 1
+    assert not judge(model, x, y)
+    monkeypatch.undo()
+    _choices.forget()
 
 
 @pytest.mark.parity
@@ -90,7 +158,7 @@ def test_features_of_peers(library: str, request) -> None:
     peer = request.getfixturevalue(library)
     if library == "timm":
         resnet = peer.models.resnet
-        model = resnet.ResNet(resnet.Bottleneck, (2, 3, 1, 1), channels=(8,) * 4, num_classes=5)
+        model = resnet.ResNet(resnet.Bottleneck, (2, 3, 1, 1), channels=(16,) * 4, num_classes=5)
         model = peer.models.FeatureListNet(model, out_indices=(1, 2, 3))
     else:
         resnet = peers.torchvision_module("models.resnet")
@@ -101,26 +169,28 @@ def test_features_of_peers(library: str, request) -> None:
     x = torch.randn(SHAPE)
     y, ops = run(fuse(model), x)
     assert not judge(model, x, y)
-    assert ops["conv2d_b2b"] == 3
+    assert (ops["conv2d_b2b"], ops["3x3"]) == (3, 2)
 
 
 @pytest.mark.parametrize(
-    ("watched", "expected"),
+    ("watched", "expected", "whole"),
     [
-        ("layer2.1", 1),  # the first block of a pair, and the second one of another
-        ("layer2.1.conv3", 2),
-        ("layer2.1.bn1", 2),
-        ("layer2.1.conv2", 3),
-        ("layer2", 3),
+        ("layer2.1", 1, 1),  # the first block of a pair, and the second one of another
+        ("layer2.1.conv3", 2, 1),
+        ("layer2.1.bn1", 2, 2),
+        ("layer2.1.conv2", 3, 1),
+        ("layer2.1.bn2", 3, 1),
+        ("layer1.0.downsample", 3, 2),
+        ("layer2", 3, 2),
     ],
 )
-def test_who_watches_sees_what_is_promised(watched: str, expected: int) -> None:
+def test_who_watches_sees_what_is_promised(watched: str, expected: int, whole: int) -> None:
     model, x = own("resnet"), torch.randn(SHAPE)
     fused = fuse(model)
     plain, seen = run(fused, x)[0], []
     hook = fused.get_submodule(watched).register_forward_hook(lambda *args: seen.append(args[-1]))
     y, ops = run(fused, x)
-    assert ops["conv2d_b2b"] == expected
+    assert (ops["conv2d_b2b"], ops["3x3"]) == (expected, whole)
     assert seen
     assert not judge(model, x, y)
     hook.remove()

@@ -1,10 +1,11 @@
 """`vertebra tune`: measure the candidates for every convolution of a fused model, keep the fastest.
 
-The model runs, to see which convolutions it has, and which pairs of them one kernel could run;
-equal ones are measured once, pairs after the convolutions that they consist of. Every candidate
-is checked against fp64 before it is timed, in turns with the others, on inputs that rotate through
-memory, in CUDA graphs. What is not told apart from the choice without a table keeps that choice.
-Each result is in the user's table as soon as it is found (`vertebra.kernels._choices`).
+The model runs, to see which convolutions it has, and which pairs of them one kernel could run, or
+pairs with the 3x3 in front; equal ones are measured once, and after what they consist of, so that
+one kernel competes with the best of the others. Every candidate is checked against fp64 before it
+is timed, in turns with the others, on inputs that rotate through memory, in CUDA graphs. What is
+not told apart from the choice without a table keeps that choice. Each result is in the user's table
+as soon as it is found (`vertebra.kernels._choices`).
 """
 
 from __future__ import annotations
@@ -57,16 +58,20 @@ def _flops(a: Arguments) -> float:
 
 
 def _flops_of_pair(a: Pair) -> float:
-    (N, _, H, W), (C, K, D) = a.x.shape, a.widths
-    return 2.0 * N * H * W * K * (C + D)
+    (N, B, H, W), (C, K, D) = a.x.shape, a.widths
+    mid = 0 if a.mid_weight is None else 9 * B * C
+    return 2.0 * N * H * W * (mid + K * (C + D))
 
 
 ALONE = Tuned(convolution, Arguments, _conv2d.site, candidates, _flops)
 PAIRS = Tuned(back_to_back, Pair, _b2b.site, candidates_of_pair, _flops_of_pair)
 
 
+KINDS = {1: "convolutions", 2: "pairs of them", 3: "pairs with the 3x3 in front"}
+
+
 class Place(NamedTuple):
-    """A convolution or a pair, its tensors without memory, and how often the models have it."""
+    """Some convolutions, their tensors without memory, and how often the models have them."""
 
     tuned: Tuned
     arguments: Any
@@ -76,6 +81,13 @@ class Place(NamedTuple):
     def site(self) -> str:
         """What tables call it."""
         return self.tuned.site(self.arguments)
+
+    @property
+    def convolutions(self) -> int:
+        """How many one candidate runs: one of `KINDS`."""
+        if self.tuned.op is convolution:
+            return 1
+        return 2 if self.arguments.mid_weight is None else 3
 
 
 def table_of(device: torch.device, tuned: Tuned = ALONE) -> Path:
@@ -95,7 +107,10 @@ def convolutions(model: nn.Module, x: Tensor) -> list[Place]:
 
 
 def pairs(model: nn.Module, x: Tensor) -> list[Place]:
-    """Return the pairs of convolutions that one kernel could run in `model(x)`, each site once."""
+    """Return the pairs of convolutions that one kernel could run in `model(x)`, each site once.
+
+    And, where it could run them with the 3x3 in front, those too.
+    """
     if not has_kernels(x):
         return []
     try:
@@ -110,7 +125,10 @@ def _observed(tuned: Tuned, model: nn.Module, x: Tensor) -> list[Place]:
 
     def note(call: Call) -> None:
         if call.op is tuned.op:
-            found.append(_each(tuned.arguments(*call.args), lambda t: t.to("meta")))
+            a = _each(tuned.arguments(*call.args), lambda t: t.to("meta"))
+            found.append(a)
+            if isinstance(a, Pair) and a.mid_weight is not None:
+                found.append(a.behind_mid(convolution.eager(*a.mid)))
 
     with torch.no_grad(), observe(note):
         model(x)
@@ -146,7 +164,7 @@ def places(names: Sequence[str], settings: Settings) -> list[Place]:
             before = found[place.site].count if place.site in found else 0
             found[place.site] = place._replace(count=before + place.count)
     chosen = [place for name, place in found.items() if settings.match in name]
-    chosen.sort(key=lambda place: place.tuned is PAIRS)
+    chosen.sort(key=lambda place: place.convolutions)
     return chosen[:3] if settings.tiny else chosen
 
 
@@ -180,6 +198,7 @@ def _compare(place: Place, batch: int, settings: Settings, session: Session) -> 
         {"bytes": float(tuned.op.traffic(*a).forward), "flops": tuned.flops(a)},
         {
             "op": tuned.op.name,
+            "convolutions": place.convolutions,
             "site": place.site,
             "batch": batch,
             "count": place.count,
@@ -293,20 +312,19 @@ def lines(report: Report) -> Iterator[list[str]]:
 def totals(report: Report) -> Iterator[str]:
     """Yield, for every batch, what all convolutions take, each as often as the models have it.
 
-    And what those take that pairs consist of, together.
+    And what those take that pairs consist of, together, and pairs with the 3x3 in front.
     """
-    sums: dict[tuple[str, int], list[float]] = {}
+    sums: dict[tuple[int, int], list[float]] = {}
     for comparison in report.comparisons:
         pair = (best(comparison), comparison.best(peer=True))
         for i, row in enumerate(pair if None not in pair else ()):
             assert row is not None
             facts = comparison.facts
-            of_kind = sums.setdefault((facts["op"], facts["batch"]), [0.0, 0.0])
+            of_kind = sums.setdefault((facts["convolutions"], facts["batch"]), [0.0, 0.0])
             of_kind[i] += facts["count"] * row.median_ms
-    for (op, batch), (own, other) in sums.items():
-        which = "convolutions" if op == ALONE.op.name else "pairs of them"
+    for (kind, batch), (own, other) in sums.items():
         yield (
-            f"Batch {batch}: all {which} take {own:.3f} ms, untuned {other:.3f} ms, "
+            f"Batch {batch}: all {KINDS[kind]} take {own:.3f} ms, untuned {other:.3f} ms, "
             f"{other / own:.2f}x."
         )
 

@@ -31,10 +31,6 @@ class Layered(InParts):
         """
         raise NotImplementedError
 
-    def shortcut_of(self, x: Tensor) -> Tensor | None:
-        """Return what is added, None for nothing."""
-        raise NotImplementedError
-
     def run_apart(self, x: Tensor) -> Tensor:
         """Run the block where `last_unit` is None: as its library does."""
         own: Any = self
@@ -49,11 +45,16 @@ class Layered(InParts):
         unit = self.last_unit()
         return None if unit is None or len(self.layers()) != 3 else end_of(*unit)
 
+    def work_end(self) -> End | None:
+        layers = self.layers()
+        unit = unit_of(layers[1]) if len(layers) == 3 else None
+        return None if unit is None else end_of(*unit, side=3)
+
     def narrow(self, x: Tensor) -> Tensor:
         return self.layers()[0](x)
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.layers()[1](y), self.shortcut_of(x)
+    def work(self, y: Tensor) -> Tensor:
+        return self.layers()[1](y)
 
     def widen(self, y: Tensor, shortcut: Tensor | None, pool: nn.Module | None = None) -> Tensor:
         conv, norm, act, drop = cast("Unit", self.last_unit())

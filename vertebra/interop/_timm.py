@@ -213,10 +213,11 @@ class _Bottleneck(InParts):
     def narrow(self, x: Tensor) -> Tensor:
         return conv_norm_act(self.conv1, self.bn1, x, self.act1)
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = conv_norm_act(self.conv2, self.bn2, y, self.act2, drop=self.drop_block)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.aa(y), shortcut
+    def work(self, y: Tensor) -> Tensor:
+        return self.aa(conv_norm_act(self.conv2, self.bn2, y, self.act2, drop=self.drop_block))
+
+    def shortcut_of(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
 
     def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
         return _end(y, self._unit(), self.se, shortcut, pool)
@@ -233,6 +234,11 @@ class _Bottleneck(InParts):
     def widen_end(self) -> End | None:
         unit = self.last_unit()
         return None if unit is None else end_of(*unit)
+
+    def work_end(self) -> End | None:
+        if not is_idle(self.aa):
+            return None
+        return end_of(self.conv2, self.bn2, self.act2, self.drop_block, side=3)
 
 
 def _in_pairs(modules: Iterable[nn.Module], x: Tensor) -> Tensor:

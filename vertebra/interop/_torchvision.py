@@ -72,12 +72,17 @@ class _Bottleneck(InParts):
     def widen_end(self) -> End | None:
         return end_of(*self.last_unit())
 
+    def work_end(self) -> End | None:
+        return end_of(self.conv2, self.bn2, self.relu, side=3)
+
     def narrow(self, x: Tensor) -> Tensor:
         return conv_norm_act(self.conv1, self.bn1, x, self.relu)
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = conv_norm_act(self.conv2, self.bn2, y, self.relu)
-        return y, x if self.downsample is None else self.downsample(x)
+    def work(self, y: Tensor) -> Tensor:
+        return conv_norm_act(self.conv2, self.bn2, y, self.relu)
+
+    def shortcut_of(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
 
     def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
         return conv_norm_act(self.conv3, self.bn3, y, self.relu, shortcut, pool)

@@ -1,30 +1,36 @@
 """Two 1x1 convolutions back to back, each with its epilogue: the map between them is not read back.
 
-    y = act(conv2d(x, weight) + bias + residual)
+    y = act(conv2d(h, weight) + bias + residual)
     z = next_act(conv2d(y, next_weight) + next_bias)
 
-The end of a bottleneck and the beginning of the next one, whose shortcut is y: both y and z are
-returned. Inference only: a call that wants a gradient runs the definition, which is differentiable.
+    h = x, or mid_act(conv2d(x, mid_weight, padding=1) + mid_bias), a 3x3
 
-Shapes   x (N, C, H, W); weight (K, C, 1, 1); bias (K,) or None; residual, y (N, K, H, W);
-         next_weight (D, K, 1, 1); next_bias (D,) or None; z (N, D, H, W)
-Dtypes   as `conv2d_act`; y is rounded to x's type before it is multiplied
+The end of a bottleneck and the beginning of the next one, whose shortcut is y: both y and z are
+returned. With the 3x3 in front it is a whole bottleneck, shifted by one convolution, and h is not
+written. Inference only: a call that wants a gradient runs the definition, which is differentiable.
+
+Shapes   x (N, B, H, W), B = C without a 3x3; mid_weight (C, B, 3, 3), mid_bias (C,), or None;
+         weight (K, C, 1, 1); bias (K,) or None; residual, y (N, K, H, W); next_weight (D, K, 1, 1);
+         next_bias (D,) or None; z (N, D, H, W)
+Dtypes   as `conv2d_act`; h and y are rounded to x's type before they are multiplied
 Layout   any strides; y and z have x's memory format. The kernel needs all maps in channels_last
 Bytes    x, the weights, residual, y and z once each
 Saves    nothing
-Raises   ValueError, TypeError: rank, shape, device or dtype of an argument; unknown act
+Raises   ValueError, TypeError: rank, shape, device or dtype of an argument; unknown act; mid_bias
+         or mid_act without mid_weight
 Source   back-to-back GEMMs and convolutions of CUTLASS (examples/13), with a map in between that is
-         kept. Like two calls of `conv2d_act` up to rounding
+         kept. Like calls of `conv2d_act` up to rounding
 
 There are two candidates, by name:
 
     triton   one kernel of ours, of which a configuration may follow, "triton:128x64:w8:s2"; where
-             it does not take a call, and Triton is asked for, two kernels of `conv2d_act`
-    apart    two calls of `conv2d_act`, which choose, and are observed, for themselves
+             it does not take a call, and Triton is asked for, one of `conv2d_act` after the other
+    apart    two calls of `conv2d_act`, which choose, and are observed, for themselves; of three
+             convolutions the 3x3, and then the best for the pair behind it
 
 A call takes the kernel if that takes it. `vertebra.fuse`, which can do without, asks for the "best"
 of both: a table of what was measured chooses, as for `conv2d_act`, and where nothing was measured,
-arithmetic (`_b2b.advises_against`).
+arithmetic (`_b2b.advises_against`), which leaves a 3x3 apart.
 """
 
 from __future__ import annotations
@@ -53,8 +59,12 @@ def conv2d_b2b(
     residual: Tensor | None = None,
     act: str = "none",
     next_act: str = "none",
+    *,
+    mid_weight: Tensor | None = None,
+    mid_bias: Tensor | None = None,
+    mid_act: str = "none",
 ) -> Maps:
-    """Return `y = act(conv2d(x, weight) + bias + residual)`, and the same of y with the rest.
+    """Return `y = act(conv2d(h, weight) + bias + residual)`, and the same of y with the rest.
 
     >>> x = torch.tensor([1.0, -2.0]).reshape(1, 1, 1, 2)
     >>> double = torch.tensor([2.0]).reshape(1, 1, 1, 1)
@@ -62,11 +72,15 @@ def conv2d_b2b(
     >>> y.flatten(), z.flatten()
     (tensor([2., 0.]), tensor([4.5000, 0.5000]))
     """
-    return op(*_autocast(x, weight, next_weight, bias, next_bias, residual, act, next_act))
+    pair = (x, weight, next_weight, bias, next_bias, residual, act, next_act)
+    return op(*_autocast(*pair, mid_weight, mid_bias, mid_act))
 
 
 def as_one(*args: Any) -> Maps | None:
-    """Return what `conv2d_b2b` does where one kernel runs it, else None: two calls are as good."""
+    """Return what `conv2d_b2b` does where one kernel runs it, else None: apart is as good.
+
+    The arguments are the first of `Arguments`, to `mid_act`.
+    """
     a = Arguments(*_autocast(*args))
     if current_backend() == "eager":
         return None
@@ -80,25 +94,29 @@ def as_one(*args: Any) -> Maps | None:
 
 def _autocast(x: Tensor, weight: Tensor, next_weight: Tensor, *rest: Any) -> tuple[Any, ...]:
     """Return the arguments of the op, cast as autocast casts those of convolutions."""
-    bias, next_bias, residual, act, next_act = rest
+    bias, next_bias, residual, act, next_act, mid_weight, mid_bias, mid_act = rest
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         if x.dtype != torch.float64 and x.is_floating_point():
             x, weight, next_weight = x.to(dtype), weight.to(dtype), next_weight.to(dtype)
             residual = None if residual is None else residual.to(dtype)
-    biases = (bias, next_bias)
-    return x, weight, next_weight, *biases, residual, act, next_act, precision(x), ""
+            mid_weight = None if mid_weight is None else mid_weight.to(dtype)
+    pair = (x, weight, next_weight, bias, next_bias, residual, act, next_act)
+    return *pair, mid_weight, mid_bias, mid_act, precision(x), ""
 
 
 def _eager(*args: Any) -> Maps:
     a = Arguments(*args)
-    y = convolution.eager(*a.first)
+    h = a.x if a.mid_weight is None else convolution.eager(*a.mid)
+    y = convolution.eager(*a.first(h))
     return y, convolution.eager(*a.second(y))
 
 
 def _apart(*args: Any) -> Maps:
     a = Arguments(*args)
-    y = convolution(*a.first)
+    if a.mid_weight is not None:
+        return op(*a.behind_mid(convolution(*a.mid))._replace(candidate="best"))
+    y = convolution(*a.first(a.x))
     return y, convolution(*a.second(y))
 
 
@@ -116,7 +134,8 @@ def _empty(a: Arguments, device: torch.device) -> Maps:
 
 @define(
     "conv2d_b2b(Tensor x, Tensor weight, Tensor next_weight, Tensor? bias, Tensor? next_bias, "
-    "Tensor? residual, str act, str next_act, str precision, str candidate) -> (Tensor, Tensor)",
+    "Tensor? residual, str act, str next_act, Tensor? mid_weight, Tensor? mid_bias, str mid_act, "
+    "str precision, str candidate) -> (Tensor, Tensor)",
     _outputs,
 )
 def _forward(*args: Any) -> Maps:
@@ -128,13 +147,15 @@ def _forward(*args: Any) -> Maps:
     if name == "apart":
         return _apart(*args)
     if name == "triton" and _refuses_as_one(a, name) is not None:
-        y = convolution.triton(*a.first)
+        if a.mid_weight is not None:
+            return _triton(*a.behind_mid(convolution.triton(*a.mid)))
+        y = convolution.triton(*a.first(a.x))
         return y, convolution.triton(*a.second(y))
     y, z = _outputs(*args)
     kernels.forward(
         _launched(a, y, z),
-        (a.bias, a.next_bias),
-        (a.act, a.next_act),
+        (a.mid_bias, a.bias, a.next_bias),
+        (a.mid_act, a.act, a.next_act),
         a.precision or precision(a.x),
         name.partition(":")[2],
     )
@@ -145,14 +166,14 @@ def _launched(a: Arguments, y: Tensor, z: Tensor) -> Any:
     """Return the tensors of a call as the kernel's launcher takes them."""
     from ._triton.conv2d_b2b import Pair
 
-    return Pair(y, z, a.x, a.weight, a.residual, a.next_weight)
+    return Pair(y, z, a.x, a.mid_weight, a.weight, a.residual, a.next_weight)
 
 
 # ------------------------------------------------------------------------------ who runs which call
 
 
 def _refuses(*args: Any) -> str | None:
-    """Return why a call does not run on Triton, as one kernel or as two."""
+    """Return why a call does not run on Triton, as one kernel or as several."""
     a = Arguments(*args)
     if ":" in a.candidate and not torch.compiler.is_compiling():
         return _refuses_as_one(a, a.candidate)
@@ -160,7 +181,10 @@ def _refuses(*args: Any) -> str | None:
 
 
 def _refuses_alone(a: Arguments) -> str | None:
-    reason = convolution.refuses(*a.first) or refuses(a.x, a.next_bias)
+    # h has x's layout, so x may stand for it
+    reason = convolution.refuses(*a.first(a.x)) or refuses(a.x, a.next_bias)
+    if a.mid_weight is not None:
+        reason = reason or convolution.refuses(*a.mid)
     if reason is not None:
         return reason
     if wants_grad(a.next_weight, a.next_bias):
@@ -263,7 +287,8 @@ def _traffic(*args: Any) -> Traffic:
     _, K, D = a.widths
     pixels = a.x.numel() // a.x.shape[1]
     maps = a.x.numel() + pixels * (K * (1 if a.residual is None else 2) + D)
-    return Traffic((maps + a.weight.numel() + a.next_weight.numel()) * a.x.element_size(), 0)
+    weights = sum(w.numel() for w in (a.mid_weight, a.weight, a.next_weight) if w is not None)
+    return Traffic((maps + weights) * a.x.element_size(), 0)
 
 
 op = Op("conv2d_b2b", check, _eager, _triton, _refuses, _traffic, _choose)

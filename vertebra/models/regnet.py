@@ -151,13 +151,13 @@ class _Block(nn.Module):
         self.adds = bool(config.downsample) or not block.changes_shape
         self.proj = _projection(config, block)
 
-    def shortcut(self, x: Tensor) -> Tensor | None:
+    def shortcut_of(self, x: Tensor) -> Tensor | None:
         if self.proj is not None:
             return self.proj(x)
         return x if self.adds else None
 
 
-class ResBottleneckBlock(InParts, _Block):
+class ResBottleneckBlock(_Block, InParts):
     """`act(drop_path(f(x)) + proj(x))`, where f is a `BottleneckTransform`.
 
     The add and the activation are part of f's last op, unless stochastic depth comes before them.
@@ -197,14 +197,14 @@ class ResBottleneckBlock(InParts, _Block):
     def narrow(self, x: Tensor) -> Tensor:
         return self.f.a(x)
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.f.b(y), self.shortcut(x)
+    def work(self, y: Tensor) -> Tensor:
+        return self.f.b(y)
 
     def widen(self, y: Tensor, shortcut: Tensor | None) -> Tensor:
         return self.activation(self.f.c(y, shortcut))
 
     def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
-        shortcut = self.shortcut(x)
+        shortcut = self.shortcut_of(x)
         if isinstance(pool, nn.Module):  # by who has asked for `last_unit`
             return self.f(x, shortcut, pool)
         if self.drop_path is not None and self.training:
@@ -256,7 +256,7 @@ class PreActBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         x = norm_act(self.norm, x, self.activation)
-        shortcut = self.shortcut(x)
+        shortcut = self.shortcut_of(x)
         return self.f(x) if shortcut is None else self.drop_path(self.f(x), shortcut)
 
 

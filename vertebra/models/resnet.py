@@ -169,13 +169,20 @@ class Bottleneck(InParts, nn.Module):
         unit = self.last_unit()
         return None if unit is None else end_of(*unit)
 
+    def work_end(self) -> End | None:
+        if self.aa is not None:
+            return None
+        return end_of(self.conv2, self.bn2, self.relu, self.drop_block, side=3)
+
     def narrow(self, x: Tensor) -> Tensor:
         return conv_norm_act(self.conv1, self.bn1, x, self.relu)
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def work(self, y: Tensor) -> Tensor:
         y = conv_norm_act(self.conv2, self.bn2, y, self.relu, drop=self.drop_block)
-        y = y if self.aa is None else self.aa(y)
-        return y, x if self.downsample is None else self.downsample(x)
+        return y if self.aa is None else self.aa(y)
+
+    def shortcut_of(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
 
     def widen(self, y: Tensor, shortcut: Tensor, pool: nn.Module | None = None) -> Tensor:
         if self.se is not None:

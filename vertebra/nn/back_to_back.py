@@ -1,7 +1,8 @@
 """Bottlenecks in a row: the last convolution of one and the first one of the next as one op.
 
 Both are 1x1, and what is between them is the widest map of a stage, which then need not be read
-back for the second one. For inference, once `vertebra.fuse` has left nothing between convolutions.
+back for the second one. The 3x3 before them may be part of it. For inference, once `vertebra.fuse`
+has left nothing between convolutions.
 """
 
 from __future__ import annotations
@@ -28,22 +29,34 @@ class End(NamedTuple):
 
 
 def end_of(
-    conv: nn.Module, norm: nn.Module, act: nn.Module | None = None, drop: nn.Module | None = None
+    conv: nn.Module,
+    norm: nn.Module,
+    act: nn.Module | None = None,
+    drop: nn.Module | None = None,
+    *,
+    side: int = 1,
 ) -> End | None:
-    """Return what `conv_norm_act` runs as one op, if that is a 1x1 with each pixel for itself."""
+    """Return what `conv_norm_act` runs as one op, if that is a 1x1 with each pixel for itself.
+
+    Or, by its `side`, a 3x3 that a zero surrounds: the map keeps its size.
+    """
     if not isinstance(norm, Folded) or not is_fused(conv) or type(conv) is not FusedConv2d:
         return None
-    if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != ((1, 1), (1, 1), (0, 0), 1):
+    window = (conv.kernel_size, conv.padding, conv.padding_mode)
+    if window != ((side, side), (side // 2, side // 2), "zeros"):
+        return None
+    if (conv.stride, conv.dilation, conv.groups) != ((1, 1), (1, 1), 1):
         return None
     name = epilogue(norm, act, drop)
     return None if name is None else End(conv, name)
 
 
 class InParts:
-    """What a bottleneck derives from to run in three parts: narrow, work, widen.
+    """What a bottleneck derives from to run in three parts, narrow, work, widen, and a shortcut.
 
     The first and the last one say of themselves, as `narrow_end` and `widen_end`, whether one
-    convolution is all they are; `work` is asked for by itself only if they are.
+    convolution is all they are; the others are asked for by themselves only if they are. `work`
+    does so as `work_end`.
     """
 
     def narrow_end(self) -> End | None:
@@ -54,12 +67,20 @@ class InParts:
         """Return the convolution that `widen` is, and nothing else; None if it is not."""
         raise NotImplementedError
 
+    def work_end(self) -> End | None:
+        """Return the 3x3 that `work` is, and nothing else; None if it is not, or has groups."""
+        return None
+
     def narrow(self, x: Tensor) -> Tensor:
         """Return what the block works on."""
         raise NotImplementedError
 
-    def work(self, y: Tensor, x: Tensor) -> tuple[Tensor, Any]:
-        """Return what is widened, from what `narrow` made of x, and the shortcut, if any."""
+    def work(self, y: Tensor) -> Tensor:
+        """Return what is widened, from what `narrow` returns."""
+        raise NotImplementedError
+
+    def shortcut_of(self, x: Tensor) -> Any:
+        """Return what is added to the output, None if nothing is."""
         raise NotImplementedError
 
     def widen(self, y: Tensor, shortcut: Any) -> Tensor:
@@ -68,7 +89,8 @@ class InParts:
 
     def forward(self, x: Tensor, *pool: Any) -> Tensor:
         """Run all of it, and a pool if one is given."""
-        return self.widen(*self.work(self.narrow(x), x), *pool)
+        y = self.work(self.narrow(x))
+        return self.widen(y, self.shortcut_of(x), *pool)
 
 
 class BackToBack(FusedBlocks):
@@ -88,17 +110,24 @@ class BackToBack(FusedBlocks):
                 x = block(x)
                 continue
             parts: Any = block
-            y, shortcut = parts.work(parts.narrow(x) if narrowed is None else narrowed, x)
-            both = None if ends is None else _as_one(*ends, y, shortcut)
+            y, shortcut = parts.narrow(x) if narrowed is None else narrowed, parts.shortcut_of(x)
+            mid = None if ends is None else parts.work_end()
+            both = None if mid is None else _as_one(*ends, y, shortcut, mid)
+            if both is None:
+                y = parts.work(y)
+                both = None if ends is None else _as_one(*ends, y, shortcut)
             x, narrowed = (parts.widen(y, shortcut), None) if both is None else both
         return x
 
 
-def _as_one(last: End, first: End, y: Tensor, shortcut: Tensor | None) -> Any:
+def _as_one(
+    last: End, first: End, y: Tensor, shortcut: Tensor | None, mid: End | None = None
+) -> Any:
     """Return the output of a block and what the next one makes of it, None if not as one op."""
     weights = (last.conv.filters, first.conv.filters)
     rest = (last.conv.bias, first.conv.bias, shortcut, last.act, first.act)
-    return as_one(y.contiguous(memory_format=torch.channels_last), *weights, *rest)
+    work = (None, None, "none") if mid is None else (mid.conv.filters, mid.conv.bias, mid.act)
+    return as_one(y.contiguous(memory_format=torch.channels_last), *weights, *rest, *work)
 
 
 def _ends(block: nn.Module, following: nn.Module) -> tuple[End, End] | None:

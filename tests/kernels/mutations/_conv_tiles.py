@@ -10,7 +10,7 @@ PIXELS = {
         "residual_desc.load([n, p, q, k])",
         "residual_desc.load([n, p, q, 0])",
     ),
-    "never reaches the last row": ("s >= WINDOW[1]", "s > WINDOW[1]"),
+    "never reaches the last row": ("C, WINDOW[1], ", "C, WINDOW[1] + 1, "),
 }
 PAIRS = {
     "always takes the even rows": ("h & 1, q", "h & 0, q"),

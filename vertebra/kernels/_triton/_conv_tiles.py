@@ -64,7 +64,7 @@ def configs(site: Site, precision: str, device: Device) -> list[Config]:
     for BLOCK_K, pixels, num_warps in TILES:
         if BLOCK_K >= 2 * max(64, site.filters) or pixels >= 2 * max(64, _pixels(site)):
             continue
-        box = _box(site, pixels)
+        box = box_of(site, pixels)
         for num_stages in (3, 4):
             config = Config(*box, BLOCK_K, best.BLOCK_C, num_warps, num_stages)
             if num_stages * _round(config, site.x.itemsize) <= device.shared:
@@ -80,7 +80,7 @@ def pick(site: Site, precision: str, device: Device) -> Config:
     """
     BLOCK_K = max(64, block(site.filters, 128))
     tiles = triton.cdiv(_pixels(site), 128) * triton.cdiv(site.filters, BLOCK_K)
-    box = _box(site, 64 if tiles < device.processors else 128)
+    box = box_of(site, 64 if tiles < device.processors else 128)
     widest = 128 // site.x.itemsize
     is_matrix = site.window == (1, 1)
     BLOCK_C = block(site.channels, widest) if is_matrix else gcd(site.channels, widest)
@@ -152,7 +152,7 @@ def _pixels(site: Site) -> int:
     return site.y.numel() // site.y.shape[1]
 
 
-def _box(site: Site, pixels: int) -> tuple[int, int, int]:
+def box_of(site: Site, pixels: int) -> tuple[int, int, int]:
     """Return the images, rows and columns of a box of `pixels` of which the fewest are in vain.
 
     Of those, the one with the fewest images: its windows overlap most. Each image of a box has a
@@ -177,6 +177,17 @@ def _round(config: Config, itemsize: int) -> int:
     """Return the bytes that one round of the loop multiplies."""
     pixels = config.BOX_N * config.BOX_P * config.BOX_Q
     return (pixels + config.BLOCK_K) * config.BLOCK_C * itemsize
+
+
+@triton.jit
+def advanced(r, s, c, C, S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the step of a window after (r, s, c): channels come first, then columns."""
+    c += BLOCK_C
+    ends = c >= C
+    c = tl.where(ends, 0, c)
+    s += ends.to(tl.int32)
+    ends = s >= S
+    return r + ends.to(tl.int32), tl.where(ends, 0, s), c
 
 
 @triton.jit
@@ -234,13 +245,7 @@ def _tiles_kernel(
             x = _gated(x, gate_ptr, n, c, N, C)
         weight = weight_desc.load([k, i * BLOCK_C])
         acc = tl.dot(weight, x.reshape(PIXELS, BLOCK_C).T, acc, input_precision=PRECISION)
-        c += BLOCK_C
-        ends = c >= C
-        c = tl.where(ends, 0, c)
-        s += ends.to(tl.int32)
-        ends = s >= WINDOW[1]
-        s = tl.where(ends, 0, s)
-        r += ends.to(tl.int32)
+        r, s, c = advanced(r, s, c, C, WINDOW[1], BLOCK_C)
 
     scale_ptr, bias_ptr = affine
     filters = (k + tl.arange(0, BLOCK_K))[:, None]
@@ -285,26 +290,26 @@ def run(site: Site, affine: Affine, act: str, precision: str, config: Config) ->
         **config._asdict(),
         y_desc=_boxes(site.y if site.writes else None, (*box, config.BLOCK_K)),
         x_desc=_boxes_of_input(site, (*box, config.BLOCK_C)),
-        weight_desc=_described(filters, (config.BLOCK_K, config.BLOCK_C)),
+        weight_desc=described(filters, (config.BLOCK_K, config.BLOCK_C)),
         residual_desc=_boxes(site.residual, (*box, config.BLOCK_K)),
     )
 
 
 def _boxes(t: Tensor | None, box: tuple[int, int, int, int]) -> TensorDescriptor | None:
-    return None if t is None else _described(t.permute(0, 2, 3, 1), box)
+    return None if t is None else described(t.permute(0, 2, 3, 1), box)
 
 
 def _boxes_of_input(site: Site, box: tuple[int, int, int, int]) -> TensorDescriptor:
     x, view = site.x.permute(0, 2, 3, 1), _view(site)
     if view == "pixels":
-        return _described(x, box)
+        return described(x, box)
     x = x.unflatten(1, (-1, site.stride[0]))
     if view == "pairs":
         x = x.unflatten(3, (-1, 2)).flatten(4)
-    return _described(x, (box[0], box[1], 1, *box[2:]))
+    return described(x, (box[0], box[1], 1, *box[2:]))
 
 
-def _described(t: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
+def described(t: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
     """Return a descriptor, which wants aligned strides even where nothing is stepped over."""
     *steps, _ = (16 if n == 1 else stride for n, stride in zip(t.shape, t.stride()))
     return TensorDescriptor(t, list(t.shape), [*steps, 1], list(box))
