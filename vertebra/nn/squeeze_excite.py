@@ -128,7 +128,7 @@ def excite(
             # of one pixel, a product of matrices begins sooner than a convolution
             u = ACTIVATIONS[act_name](F.linear(x.mean((2, 3)), fc1.weight.flatten(1), fc1.bias))
             gates = GATES[gate_name](F.linear(u, fc2.weight.flatten(1), fc2.bias))
-            y = x * gates[:, :, None, None]
+            y = x * gates.view(*gates.shape, 1, 1)
             y = y if residual is None else y.add_(residual)
             return y if out_act is None else out_act(y)
         # what is put in place of a convolution may compute something else
