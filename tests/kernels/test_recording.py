@@ -108,6 +108,7 @@ def test_random_programs(program):
         pytest.param(lambda x: conv_add(conv(x), y := conv(x)) + y, "add_", id="sum, read later"),
         pytest.param(lambda x: scaled(conv(x)), "mul_", id="gate"),
         pytest.param(lambda x: scaled(x), "", id="gate of x"),
+        pytest.param(lambda x: (y := conv(x), y * 2)[0], "", id="product of what is returned"),
         pytest.param(lambda x: conv(x)[:1] * conv(x)[:1], "", id="product of views"),
         pytest.param(lambda x: (y := conv(x)) * y.permute(0, 1, 2, 3), "", id="view of itself"),
         pytest.param(lambda x: conv(x) * image(1).new_ones(3, 1, 1, 1, 1), "", id="larger result"),

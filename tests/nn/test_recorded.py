@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vertebra
 from vertebra.bench import peers
+from vertebra.kernels import _recording
+from vertebra.kernels._op import observe
 from vertebra.models import ConvNeXt, RegNet, ResNet
 from vertebra.models._convnext_config import ConvNeXtConfig
 from vertebra.models._regnet_config import RegNetConfig
@@ -225,6 +227,11 @@ def _point_weight_elsewhere(model: nn.Module) -> None:
     conv.weight.data = torch.randn_like(conv.weight)
 
 
+def _turn_weight(model: nn.Module) -> None:
+    conv = _conv(model)
+    conv.weight.data = conv.weight.data.transpose(2, 3)
+
+
 def _load(model: nn.Module) -> None:
     model.load_state_dict({key: v + 0.5 for key, v in model.state_dict().items()})
 
@@ -256,7 +263,14 @@ def _double(model: nn.Module) -> None:
 CHANGES = {
     f.__name__.strip("_"): f
     for f in (
-        *(_replace_weight, _write_weight, _point_weight_elsewhere, _load, _replace_activation),
+        *(
+            _replace_weight,
+            _write_weight,
+            _point_weight_elsewhere,
+            _turn_weight,
+            _load,
+            _replace_activation,
+        ),
         *(_set_attribute, _replace_block, _append_block, _double),
     )
 }
@@ -297,6 +311,9 @@ def test_whoever_looks_on_sees_the_modules(recordings):
     with FlopCounterMode(display=False) as counter:
         assert torch.equal(model(x), wanted)
     assert counter.get_total_flops() > 0
+    with observe(lambda call: called.append(call.op.name)):
+        assert torch.equal(model(x), wanted)
+    assert called.count("conv2d_act") > 15
     paths = {site.path for site in vertebra.explain(model, x)}
     assert "onednn" in paths
     with vertebra.backend("eager"):
@@ -313,16 +330,24 @@ def test_whoever_looks_on_sees_the_modules(recordings):
     assert recordings
 
 
-@torch.no_grad()
-def test_parameters_that_want_gradients_get_them(recordings):
-    model, x = fused("resnet"), image()
-    model.requires_grad_(True)
-    with torch.enable_grad():
-        for _ in range(4):
-            model.zero_grad()
-            model(x).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    assert not recordings
+@pytest.mark.parametrize("before", [0, 4], ids=["from the start", "once it is recorded"])
+@pytest.mark.parametrize("part", [lambda model: model, _stage], ids=["all", "a stage"])
+@pytest.mark.parametrize("name", ["resnet", "regnet"])
+def test_parameters_that_want_gradients_get_them(name, part, before):
+    model, x = fused(name), image()
+    for _ in range(before):
+        model(x)
+    wanted = part(model).requires_grad_(True)
+    for _ in range(4):
+        model.zero_grad()
+        model(x).sum().backward()
+    assert all(p.grad is not None for p in wanted.parameters())
+    twin = unrecorded(copy.deepcopy(model))
+    twin.zero_grad()
+    twin(x).sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or torch.equal(p.grad, q.grad)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -369,10 +394,14 @@ def test_few_shapes_are_recorded(recordings):
 
 
 @torch.no_grad()
-def test_a_stage_and_its_weights_die_with_the_model(recordings):
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_a_stage_and_its_weights_die_with_the_model(repeatable, recordings, monkeypatch):
+    if not repeatable:
+        monkeypatch.setattr(_recording.Recorder, "text", None)
     model = fused("resnet")
     for _ in range(3):
         model(image())
+    assert bool(recordings) == repeatable
     held = [weakref.ref(m) for m in model.modules()] + [weakref.ref(p) for p in model.parameters()]
     recordings.clear()
     del model

@@ -68,7 +68,7 @@ class _Call(NamedTuple):
         return [v for v in _flat((self.args, self.kwargs)) if isinstance(v, _Value)]
 
 
-def record(function: Run, x: Tensor, is_constant: Callable[[Tensor], bool]) -> _Recorder:
+def record(function: Run, x: Tensor, is_constant: Callable[[Tensor], bool]) -> Recorder:
     """Return what `function` calls to compute `function(x)`, and that.
 
     Args:
@@ -76,12 +76,12 @@ def record(function: Run, x: Tensor, is_constant: Callable[[Tensor], bool]) -> _
         x: as `function` takes it.
         is_constant: says of a tensor that is not made on the way whether it stays what it is.
     """
-    with _Recorder(x, is_constant) as recorder:
+    with Recorder(x, is_constant) as recorder:
         recorder.y = function(x)
     return recorder
 
 
-class _Recorder(Watch):
+class Recorder(Watch):
     """Notes the calls of a function of x, and holds none of the tensors in between."""
 
     y: Tensor
