@@ -27,8 +27,8 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel, LazyDict
 from triton.runtime.driver import driver
 
-from vertebra.kernels import _op, _triton
-from vertebra.kernels._triton import _plan, _replay, _signature
+from vertebra.kernels import _op, _signature, _triton
+from vertebra.kernels._triton import _plan, _replay
 from vertebra.kernels._triton._launch import captured, launch
 from vertebra.kernels._triton._plan import Plan
 from vertebra.kernels._triton._replay import Replay

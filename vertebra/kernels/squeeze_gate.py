@@ -38,6 +38,7 @@ def squeeze_gate(
 ) -> Tensor:
     """Return g; the module docstring is the contract.
 
+    >>> import torch
     >>> W1, W2 = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [-1.0]])
     >>> squeeze_gate(torch.ones(1, 3, 2), W1, None, W2, None, gate="hard_sigmoid")
     tensor([[1., 0.]])
