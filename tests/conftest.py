@@ -90,13 +90,9 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_replayed() -> None:
     """Let no test meet what another had recorded or chosen: some put others in place."""
-    replay = sys.modules.get("vertebra.kernels._triton._replay")
-    if replay is not None:
-        replay.forget()
-    for name in ("conv2d_act_pool", "conv2d_b2b"):
-        op = sys.modules.get(f"vertebra.kernels.{name}")
-        if op is not None:
-            op._signatures.clear()
+    choices = sys.modules.get("vertebra.kernels._choices")
+    if choices is not None:
+        choices.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -57,8 +57,7 @@ class Layered(InParts):
         return self.layers()[1](y)
 
     def widen(self, y: Tensor, shortcut: Tensor | None, pool: nn.Module | None = None) -> Tensor:
-        conv, norm, act, drop = cast("Unit", self.last_unit())
-        return conv_norm_act(conv, norm, y, act, shortcut, pool, drop)
+        return _ended(cast("Unit", self.last_unit()), y, shortcut, pool)
 
     def forward(self, x: Tensor, pool: nn.Module | None = None) -> Tensor:
         end = self.last_unit()
@@ -73,7 +72,12 @@ class Layered(InParts):
                 return ended
         for layer in others:
             y = layer(y)
-        return self.widen(y, shortcut, pool)
+        return _ended(end, y, shortcut, pool)
+
+
+def _ended(end: Unit, y: Tensor, shortcut: Tensor | None, pool: nn.Module | None) -> Tensor:
+    conv, norm, act, drop = end
+    return conv_norm_act(conv, norm, y, act, shortcut, pool, drop)
 
 
 def unit_of(layer: Any) -> Unit | None:

@@ -18,20 +18,20 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ._op import current_backend, is_plain
+from ._signature import Signatures
+
 SCHEMA = 1
 
 Choices = dict[str, dict[int, str]]
 """The fastest candidate by site and batch."""
-
-
-_editions = [0]
 
 
 def user_folder() -> Path:
@@ -64,14 +64,37 @@ def best(op: str, device: str, site: str, batch: int) -> str | None:
     return measured[min(measured, key=lambda n: (abs(math.log2(n / batch)), n))]
 
 
-def edition() -> int:
-    """Return how often tables were read anew: who remembers choices remembers this with them."""
-    return _editions[0]
+_remembered: list[Signatures] = []
+
+
+def remembered(choose: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Return `choose`, which finds out once what it says of calls of one signature, aligned alike.
+
+    What it says may also follow from the backend, from whether gradients are computed, and from the
+    tables.
+    """
+    signatures = Signatures()
+    _remembered.append(signatures)
+
+    def chosen(*args: Any) -> str | None:
+        found = signatures.find(args)
+        if found is None:
+            if not is_plain(args):
+                return choose(*args)
+            found = signatures.note(args)
+        aligned = tuple(t.data_ptr() % 16 for t in found[2])
+        key, plans = (current_backend(), torch.is_grad_enabled(), aligned), found[0].plans
+        if key not in plans:
+            plans[key] = choose(*args)
+        return plans[key]
+
+    return chosen
 
 
 def forget() -> None:
     """Read tables anew, and choose anew: what whoever has written one calls."""
-    _editions[0] += 1
+    for signatures in _remembered:
+        signatures.clear()
     best.cache_clear()
     _tables.cache_clear()
     replay = sys.modules.get(f"{__package__}._triton._replay")

@@ -1,8 +1,8 @@
 """Calls of PyTorch's ops, noted while a function runs, and run again without the function.
 
-For small images a network spends as long in Python, where modules ask who watches them and ops what
-they are given, as in oneDNN. What a function of one tensor calls is noted once, and written down as
-a function without a question or a branch. Its text is Python, compiled once, and reads like this:
+For small images a network spends much of its time in Python, where modules ask who watches them and
+ops what they are given. What a function of one tensor calls is noted once, and written down as a
+function without a question or a branch. Its text is Python, compiled once, and reads like this:
 
     def run(x):
         t1 = op0(x, c1, c2, (0, 0), (1, 1), (1, 1), 1, 'relu', (), '')

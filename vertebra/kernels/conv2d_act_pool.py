@@ -33,14 +33,11 @@ from ._conv2d import RUN, Arguments, Pair, elements_read, memory_format, pair, p
 from ._op import (
     Op,
     Traffic,
-    current_backend,
     define,
     has_kernels,
-    is_plain,
     sums_dtype,
     wants_grad,
 )
-from ._signature import Signatures
 from .conv2d_act import cast_by_autocast, on_kernels
 from .conv2d_act import op as conv
 
@@ -125,19 +122,7 @@ def where_ours(
     return y, shares
 
 
-_signatures = Signatures()
-
-
-def _ours(*args: Any) -> str | None:
-    """Return what `on_kernels` does, found out once for calls of one signature."""
-    key = (current_backend(), torch.is_grad_enabled(), _choices.edition())
-    found = _signatures.find(args)
-    if found is not None and key in found[0].plans:
-        return found[0].plans[key]
-    candidate = on_kernels(*args)
-    if is_plain(args):
-        _signatures.note(args)[0].plans[key] = candidate
-    return candidate
+_ours = _choices.remembered(on_kernels)
 
 
 class _Call(NamedTuple):

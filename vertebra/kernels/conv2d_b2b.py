@@ -44,8 +44,7 @@ from torch import Tensor
 from . import _choices
 from ._b2b import Arguments, advises_against, check, site
 from ._conv2d import memory_format, precision
-from ._op import Choice, Op, Traffic, current_backend, define, is_plain, refuses, wants_grad
-from ._signature import Signatures
+from ._op import Choice, Op, Traffic, current_backend, define, refuses, wants_grad
 from .conv2d_act import op as convolution
 
 Maps = tuple[Tensor, Tensor]
@@ -89,23 +88,13 @@ def as_one(*args: Any) -> Maps | None:
         # sizes may be symbols there: the registered op chooses when it runs
         one = (_refuses_alone(a) or advises_against(a)) is None
         return op(*a._replace(candidate="best")) if one else None
-    name = _best_known(a) if a.x.numel() else "apart"
+    name = _best_known(*a) if a.x.numel() else "apart"
     return None if name == "apart" else op(*a._replace(candidate=name))
 
 
-_signatures = Signatures()
-
-
-def _best_known(a: Arguments) -> str:
-    """Return the best candidate, found out once for calls of one signature, aligned alike."""
-    if not is_plain(a):
-        return _best(a)[0]
-    aligned = tuple(t.data_ptr() % 16 for t in a if isinstance(t, Tensor))
-    key = (current_backend(), torch.is_grad_enabled(), _choices.edition(), aligned)
-    plans = (_signatures.find(a) or _signatures.note(a))[0].plans
-    if key not in plans:
-        plans[key] = _best(a)[0]
-    return plans[key]
+@_choices.remembered
+def _best_known(*args: Any) -> str:
+    return _best(Arguments(*args))[0]
 
 
 def _autocast(x: Tensor, weight: Tensor, next_weight: Tensor, *rest: Any) -> tuple[Any, ...]:
