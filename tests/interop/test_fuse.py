@@ -682,7 +682,8 @@ def test_images_of_a_batch_go_through_an_mlp_a_few_at_a_time(on_onednn, monkeypa
     model, x = own("convnext: v2"), image(5, 3, 40, 33)
     fused = fuse(model)
     whole = len(sites(fused, x))
-    monkeypatch.setattr(sys.modules["vertebra.nn.mlp"], "_MAX_HIDDEN_BYTES", 2 * 32 * 80 * 4)
+    two = 2 * 32 * 80 * 4 // torch.get_num_threads()
+    monkeypatch.setattr(sys.modules["vertebra.nn.mlp"], "_MAX_HIDDEN_BYTES_PER_THREAD", two)
     assert len(sites(fused, x)) > whole
     assert not judge(model, x, answers(fused, x))
 

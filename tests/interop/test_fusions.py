@@ -18,7 +18,7 @@ from vertebra.bench import peers
 from vertebra.bench.small import Logits
 from vertebra.interop import fuse, unfused
 from vertebra.kernels._op import Call, observe
-from vertebra.models import RegNetConfig, ResNetConfig
+from vertebra.models import ConvNeXt, ConvNeXtConfig, RegNetConfig, ResNetConfig
 from vertebra.models.regnet import RegNet
 from vertebra.models.resnet import ResNet
 from vertebra.testing.parity import randomize
@@ -61,6 +61,11 @@ def attended(blocks: int) -> Saved:
     return Saved(excitations=blocks, stems=1)
 
 
+def next_(adds: int) -> Saved:
+    """Return what a ConvNeXt saves: what a stage is given is the first residual in it."""
+    return Saved(adds=adds)
+
+
 # ---------------------------------------------------------------------------------- the networks
 
 
@@ -72,6 +77,21 @@ def _own_resnet(block: str, **options: Any) -> nn.Module:
 def _own_regnet(kind: str, **options: Any) -> nn.Module:
     shape = {"hidden_sizes": (16, 24), "depths": (3, 1), "group_width": 8, "num_classes": 5}
     return RegNet(RegNetConfig(kind, **shape, **options))  # pyright: ignore[reportArgumentType]
+
+
+def _own_convnext(**options: Any) -> nn.Module:
+    return ConvNeXt(ConvNeXtConfig(depths=(3, 1), dims=(16, 24), num_classes=5, **options))
+
+
+def _torchvision_convnext() -> nn.Module:
+    convnext = peers.torchvision_module("models.convnext")
+    stages = [convnext.CNBlockConfig(16, 24, 3), convnext.CNBlockConfig(24, None, 1)]
+    return convnext.ConvNeXt(stages, num_classes=5)
+
+
+def _timm_convnext(**options: Any) -> nn.Module:
+    shape = {"depths": (3, 1, 1, 1), "dims": (16, 24, 24, 24), "num_classes": 5}
+    return peers.timm().models.convnext.ConvNeXt(**shape, **options)
 
 
 def _torchvision_resnet(block: str) -> nn.Module:
@@ -97,15 +117,17 @@ def _timm_regnet(**options: Any) -> nn.Module:
     return regnet.RegNet(regnet.RegNetCfg(**{**shape, "se_ratio": 0.0, **options}), num_classes=5)
 
 
-def _transformers(family: str, kind: str) -> nn.Module:
+def _transformers(family: str, kind: str = "") -> nn.Module:
     transformers = peers.transformers()
-    shape = {"hidden_sizes": [16, 24], "depths": [3, 1], "num_labels": 5, "embedding_size": 8}
+    shape: dict[str, Any] = {"hidden_sizes": [16, 24], "depths": [3, 1], "num_labels": 5}
     shape |= {"groups_width": 8} if family == "RegNet" else {}
-    config = getattr(transformers, f"{family}Config")(layer_type=kind, **shape)
+    shape |= {"layer_type": kind, "embedding_size": 8} if kind else {"num_stages": 2}
+    config = getattr(transformers, f"{family}Config")(**shape)
     return Logits(getattr(transformers, f"{family}ForImageClassification")(config))
 
 
 SE: dict[str, Any] = {"attn_layer": "se"}
+V2: dict[str, Any] = {"use_grn": True, "ls_init_value": None}
 NECK: dict[str, Any] = {"linear_out": True, "num_features": 24}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Saved]] = {
     "own: ResNet bottleneck": (lambda: _own_resnet("bottleneck"), bottleneck(4)),
@@ -135,18 +157,30 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Saved]] = {
     "transformers: RegNetY": (lambda: _transformers("RegNet", "y"), excited(4)),
 }
 
+CONVNEXTS: dict[str, tuple[Callable[[], nn.Module], Saved]] = {
+    "own: ConvNeXt": (lambda: _own_convnext(), next_(2)),
+    "own: ConvNeXt V2": (lambda: _own_convnext(**V2), next_(2)),
+    "torchvision: ConvNeXt": (lambda: _torchvision_convnext(), next_(2)),
+    "timm: ConvNeXt": (lambda: _timm_convnext(), next_(5)),
+    "timm: ConvNeXt V2": (lambda: _timm_convnext(**V2), next_(5)),
+    "transformers: ConvNeXt": (lambda: _transformers("ConvNext"), next_(3)),
+    "transformers: ConvNeXt V2": (lambda: _transformers("ConvNextV2"), next_(3)),
+}
 
-@pytest.fixture(
-    params=[
+
+def _each_of(networks: dict[str, Any]) -> list[Any]:
+    return [
         pytest.param(name, marks=() if name.startswith("own") else pytest.mark.parity)
-        for name in NETWORKS
+        for name in networks
     ]
-)
+
+
+@pytest.fixture
 def network(request: pytest.FixtureRequest) -> tuple[nn.Module, Saved]:
     library = request.param.partition(":")[0]
     if library != "own":
         request.getfixturevalue(library)
-    build, saved = NETWORKS[request.param]
+    build, saved = (NETWORKS | CONVNEXTS)[request.param]
     return randomize(build()).eval(), saved
 
 
@@ -185,6 +219,7 @@ def assert_right(model: nn.Module, found: Tensor, x: Tensor) -> None:
     assert error <= 4 * (theirs + torch.finfo(x.dtype).eps)
 
 
+@pytest.mark.parametrize("network", _each_of(NETWORKS), indirect=True)
 def test_on_kernels_of_ours(network: tuple[nn.Module, Saved], device: torch.device) -> None:
     (model, saved), x = network, torch.randn(3, 3, 33, 40, device=device)
     model = model.to(device)
@@ -197,6 +232,7 @@ def test_on_kernels_of_ours(network: tuple[nn.Module, Saved], device: torch.devi
 
 
 @pytest.mark.usefixtures("on_onednn")
+@pytest.mark.parametrize("network", _each_of(NETWORKS | CONVNEXTS), indirect=True)
 def test_on_cpus(network: tuple[nn.Module, Saved], recordings: list[Any]) -> None:
     (model, saved), x = network, torch.randn(3, 3, 33, 40)
     fused = fuse(model)

@@ -50,6 +50,10 @@ def conv_add(x: Tensor, residual: Tensor) -> Tensor:
     return _binary(x, residual, WEIGHT, BIAS, *_STEPS, "add", 1.0, "relu", [], None)
 
 
+def rows_and_back(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).permute(0, 3, 1, 2)
+
+
 def scaled(x: Tensor) -> Tensor:
     return x * x.mean((2, 3)).sigmoid()[:, :, None, None]
 
@@ -64,7 +68,7 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda a, _: torch.relu(a),
     "scaled": lambda a, _: scaled(a),
     "row": lambda a, b: a * b[:, :, :1],
-    "transposed view": lambda a, _: a.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
+    "rows and back": lambda a, _: rows_and_back(a),
     "view of a half, filled": lambda a, _: torch.cat((a[:1], a[1:] + 1)),
     "chunks": lambda a, _: torch.cat(a.chunk(2, 1), 1),
     "of constants": lambda a, _: a + (WEIGHT[:, 0] * 2)[None],
@@ -103,7 +107,13 @@ def test_random_programs(program):
     ("function", "overwrites"),
     [
         pytest.param(lambda x: conv_add(conv(x), conv(x)), "_convolution_pointwise_", id="sum"),
+        pytest.param(
+            lambda x: conv_add(conv(x), rows_and_back(conv(x))),
+            "_convolution_pointwise_",
+            id="sum onto what were rows",
+        ),
         pytest.param(lambda x: conv_add(conv(x), x), "", id="sum onto x"),
+        pytest.param(lambda x: conv_add(conv(x), rows_and_back(x)), "", id="sum onto rows of x"),
         pytest.param(lambda x: conv_add(y := conv(x), y), "", id="sum onto what is read"),
         pytest.param(lambda x: conv_add(conv(x), y := conv(x)) + y, "add_", id="sum, read later"),
         pytest.param(lambda x: scaled(conv(x)), "mul_", id="gate"),
@@ -127,6 +137,25 @@ def test_what_is_overwritten(function, overwrites):
     with Names():
         run(x)
     assert {name for name in called if name.endswith("_")} == {overwrites} - {""}
+
+
+@pytest.mark.parametrize(
+    ("function", "calls"),
+    [
+        pytest.param(lambda x: conv(rows_and_back(conv(x))), 2, id="that cancel"),
+        pytest.param(lambda x: (y := conv(x), y[:1])[0], 1, id="that nobody reads"),
+        pytest.param(lambda x: (y := conv(x), y[0].mean(0))[0], 3, id="that somebody reads"),
+        pytest.param(lambda x: (y := conv(x))[:1] + y[1:], 4, id="of two places"),
+        pytest.param(lambda x: (y := conv(x))[:1] + y[:1], 3, id="of one place"),
+        pytest.param(lambda x: (y := conv(x))[:, :, :3, :3] + y[:, :, :3, :3].mT, 4, id="turned"),
+    ],
+)
+def test_views(function, calls):
+    """One view is as good as another of the same place, and none where it is the map itself."""
+    x = image()
+    text = recorded(function, x)
+    assert len(text.calls) == calls
+    assert torch.equal(text.compiled()(x), function(x))
 
 
 def test_nothing_is_held_longer_than_it_is_read():

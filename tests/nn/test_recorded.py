@@ -7,6 +7,7 @@ import gc
 import pickle
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vertebra
 from vertebra.bench import peers
+from vertebra.bench.small import Logits
 from vertebra.kernels import _recording
 from vertebra.kernels._op import observe
 from vertebra.models import ConvNeXt, RegNet, ResNet
@@ -24,7 +26,7 @@ from vertebra.models._convnext_config import ConvNeXtConfig
 from vertebra.models._regnet_config import RegNetConfig
 from vertebra.models._resnet_config import ResNetConfig
 from vertebra.nn import _recorded
-from vertebra.nn.fused_blocks import FusedBlocks
+from vertebra.nn.fused_blocks import FusedBlocks, Recorded
 from vertebra.testing.parity import randomize
 
 pytestmark = pytest.mark.usefixtures("on_onednn")
@@ -65,6 +67,9 @@ def unrecorded(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, FusedBlocks):
             module.__class__ = nn.Sequential
+        elif isinstance(module, Recorded):
+            own: Any = module
+            own.__class__ = own._own
     return model
 
 
@@ -116,6 +121,70 @@ def test_a_regnet_of_torchvision_is_recorded(recordings):
     blocks = regnet.BlockParams([1, 3], [8, 16], [4, 4], [1.0, 1.0], [2, 2], se_ratio=0.25)
     model = randomize(regnet.RegNet(blocks, num_classes=5)).eval()
     assert_recorded(vertebra.fuse(model), recordings, 1)
+
+
+def convnext_of_torchvision() -> nn.Module:
+    convnext = peers.torchvision_module("models.convnext")
+    stages = [convnext.CNBlockConfig(8, 16, 1), convnext.CNBlockConfig(16, None, 2)]
+    return convnext.ConvNeXt(stages, num_classes=5)
+
+
+def convnext_of_timm(**options: Any) -> nn.Module:
+    shape = {"depths": (1, 2, 1, 1), "dims": (8, 16, 16, 16), "num_classes": 5}
+    return peers.timm().models.convnext.ConvNeXt(**shape, **options)
+
+
+def convnext_of_transformers(kind: str) -> nn.Module:
+    transformers = peers.transformers()
+    shape = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "num_labels": 5}
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    return Logits(getattr(transformers, f"{kind}ForImageClassification")(config))
+
+
+class Map(nn.Module):
+    """A backbone of transformers that returns its last map."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).feature_maps[-1]
+
+
+def dinov3_of_transformers() -> nn.Module:
+    transformers = peers.transformers()
+    config = transformers.DINOv3ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2])
+    return Map(transformers.DINOv3ConvNextBackbone(config))
+
+
+def eca_of_timm() -> nn.Module:
+    resnet = peers.timm().models.resnet
+    options = {"channels": (8, 8, 8, 8), "block_args": {"attn_layer": "eca"}, "num_classes": 5}
+    return resnet.ResNet(resnet.Bottleneck, (1, 2, 1, 1), **options)
+
+
+PEERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "torchvision ConvNeXt": (convnext_of_torchvision, 2),
+    "timm ConvNeXt": (convnext_of_timm, 1),
+    "timm ConvNeXt of convolutions": (lambda: convnext_of_timm(conv_mlp=True), 1),
+    "timm ConvNeXt V2": (lambda: convnext_of_timm(use_grn=True, ls_init_value=None), 1),
+    "timm ECA-ResNet": (eca_of_timm, 4),
+    "transformers ConvNeXt": (lambda: convnext_of_transformers("ConvNext"), 2),
+    "transformers ConvNeXt V2": (lambda: convnext_of_transformers("ConvNextV2"), 2),
+    "transformers DINOv3": (dinov3_of_transformers, 2),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parity
+@pytest.mark.parametrize("name", PEERS)
+def test_networks_of_peers_are_recorded(name, recordings):
+    build, stages = PEERS[name]
+    model = vertebra.fuse(randomize(build()).eval())
+    for twin in (model, copy.deepcopy(model)):
+        recordings.clear()
+        assert_recorded(twin, recordings, stages)
 
 
 @torch.no_grad()
@@ -308,16 +377,16 @@ def test_whoever_looks_on_sees_the_modules(recordings):
     assert torch.equal(model(x), wanted)
     handle.remove()
     assert called.count("Bottleneck") == 5
+    with vertebra.backend("eager"):
+        eager = model(x)
     with FlopCounterMode(display=False) as counter:
-        assert torch.equal(model(x), wanted)
+        assert torch.equal(model(x), eager)  # of which a mode of PyTorch sees every op
     assert counter.get_total_flops() > 0
     with observe(lambda call: called.append(call.op.name)):
         assert torch.equal(model(x), wanted)
     assert called.count("conv2d_act") > 15
     paths = {site.path for site in vertebra.explain(model, x)}
     assert "onednn" in paths
-    with vertebra.backend("eager"):
-        model(x)
     with torch.backends.mkldnn.flags(enabled=False):
         model(x)
     with torch.autocast("cpu", torch.bfloat16):

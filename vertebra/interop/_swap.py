@@ -34,6 +34,15 @@ class Recipe(NamedTuple):
     for_fused: bool  # of use in fused models alone
 
 
+class Repeats:
+    """A recipe that changes nothing: its modules call what follows from their state, and no more.
+
+    So it can be recorded (`vertebra.nn._recorded`).
+    """
+
+    REPEATS = True
+
+
 _recipes: dict[str, Recipe] = {}
 
 

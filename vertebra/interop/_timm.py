@@ -34,7 +34,7 @@ from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import normalise
 from ._children import collect, in_steps
 from ._layered import Layered, unit_of
-from ._swap import accelerates, path_of, reading
+from ._swap import Repeats, accelerates, path_of
 
 # layers: those that are ours under another name take our forward, by which our blocks know them
 
@@ -420,16 +420,23 @@ def _pool_of(head: Any) -> nn.Module | None:
     return None
 
 
-_MLPS = {
-    "timm.layers.mlp.Mlp": "e2668f685526",
-    "timm.layers.mlp.GlobalResponseNormMlp": "74a5b22a03e2",
-}
+@accelerates("timm.layers.mlp.Mlp", for_fused=True, forward="e2668f685526")
+@accelerates("timm.layers.mlp.GlobalResponseNormMlp", for_fused=True, forward="74a5b22a03e2")
+class _Mlp(Repeats):
+    drop1: nn.Dropout
+    drop2: nn.Dropout
+
+
+@accelerates("timm.layers.eca.EcaModule", for_fused=True, forward="c4404a7369b9")
+@accelerates("timm.layers.norm.LayerNorm", for_fused=True, forward="9ad967238c23")
+@accelerates("timm.models.convnext.ConvNeXtStage", for_fused=True, forward="d1ed268ef75b")
+class _Plain(Repeats):
+    pass
 
 
 def _has_other_mlp(block: Any) -> str | None:
-    own = type(block.mlp)
-    if _MLPS.get(path_of(own)) != reading(own.forward):
-        return f"its MLP, a {path_of(own)}, is not one this version was written for"
+    if not isinstance(block.mlp, _Mlp):
+        return f"its MLP, a {path_of(type(block.mlp))}, is not one this version was written for"
     return "its MLP has dropout" if block.mlp.drop1.p or block.mlp.drop2.p else None
 
 

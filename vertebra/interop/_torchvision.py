@@ -27,7 +27,7 @@ from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._children import collect
 from ._layered import Layered, in_row, unit_of
-from ._swap import accelerates
+from ._swap import Repeats, accelerates
 
 torch.fx.wrap("drop_path_add")  # a leaf: it looks at shapes, which a proxy does not have
 
@@ -207,6 +207,11 @@ class _FrozenBatchNorm2d:
 class _LayerNorm2d:
     data_format = "channels_first"
     forward = LayerNorm2d.forward
+
+
+@accelerates("torchvision.ops.misc.Permute", for_fused=True, forward="47d2b1f08a3d")
+class _Permute(Repeats):
+    pass
 
 
 def _is_of_rows(module: Any) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -23,11 +22,12 @@ from ..nn import (
 from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import is_idle
 from ..nn.fused import is_fused
+from ..nn.fused_blocks import Recorded
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
 from ._layered import Layered, in_row, unit_of
-from ._swap import Refuses, accelerates, path_of, reading
+from ._swap import Refuses, Repeats, accelerates, reading
 
 R = TypeVar("R", bound=type)
 
@@ -326,24 +326,20 @@ def _is_passed(drop: nn.Module) -> bool:
     return is_idle(drop)
 
 
+@accelerates("transformers.activations.GELUActivation", for_fused=True, forward="9840a4c5ac1b")
+class _GELUActivation(Repeats):
+    """Transformers may still have a kernel of the hub replace it, by `forward` on the instance."""
+
+    act: Any
+
+
 _GELU = nn.GELU()
 
 
 def _as_torchs(act: nn.Module) -> nn.Module:
-    """Return torch's GELU in place of transformers' that computes the same, if nobody watches it.
-
-    That one is no module to put on another class: transformers has kernels of the hub replace it,
-    by a `forward` on the instance.
-    """
-    if path_of(type(act)) != "transformers.activations.GELUActivation" or has_hooks(act):
-        return act
-    computes: Any = getattr(act, "act", None)
-    return _GELU if computes is nn.functional.gelu and _calls_act(type(act)) else act
-
-
-@cache
-def _calls_act(cls: type[nn.Module]) -> bool:
-    return reading(cls.forward) == "9840a4c5ac1b"
+    """Return torch's GELU in place of transformers' that computes it, if nobody watches it."""
+    is_same = isinstance(act, _GELUActivation) and act.act is nn.functional.gelu
+    return _GELU if is_same and not has_hooks(act) else act
 
 
 def _layer(
@@ -419,6 +415,26 @@ class _ConvNextV2Layer:
     def forward(self, features: Tensor) -> Tensor:
         layers = (self.dwconv, self.layernorm, self.pwconv1, self.act, self.grn, self.pwconv2)
         return _layer(features, *layers, None, self.drop_path)
+
+
+@_accelerates(
+    "000dc6217e02",
+    "convnext.modeling_convnext.ConvNextStage",
+    "convnextv2.modeling_convnextv2.ConvNextV2Stage",
+    for_fused=True,
+)
+class _ConvNextStage(Recorded):
+    pass
+
+
+@_accelerates(
+    "9d768988784f 11c4feb42407",
+    "dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextStage",
+    for_fused=True,
+)
+class _DINOv3ConvNextStage(Recorded):
+    def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
+        return super().forward(features)  # no layer is given more
 
 
 @_accelerates("3f41201c492d", "convnextv2.modeling_convnextv2.ConvNextV2GRN")

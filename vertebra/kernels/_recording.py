@@ -42,7 +42,7 @@ class _Value:
     Attributes:
         number: 0 for x.
         memory: the number of the value that this is a view of, or its own.
-        like: shape, strides and dtype.
+        like: shape, strides, place in the memory and dtype.
     """
 
     number: int
@@ -93,6 +93,7 @@ class Recorder(Watch):
         self._views: list[Tensor] = []  # of constants
         # by id: whether that is still the tensor, and its value, None for a view of constants
         self._known: dict[int, tuple[weakref.ref[Tensor], _Value | None]] = {}
+        self._alike: dict[tuple[Any, ...], _Value] = {}  # by memory and `like`
         self._count = 0
         self._repeatable = True
         self._know(x, self._value(x, None))
@@ -101,7 +102,7 @@ class Recorder(Watch):
     def text(self) -> Text | None:
         """What computes y from x by the same calls; None if calls do not tell."""
         y = self._meant(self.y) if self._repeatable else None
-        return Text(_overwriting(self._calls, y), y) if isinstance(y, _Value) else None
+        return Text(_overwriting(_needed(self._calls, y), y), y) if isinstance(y, _Value) else None
 
     def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         results = result if isinstance(result, (list, tuple)) else [result]
@@ -115,13 +116,15 @@ class Recorder(Watch):
                 self._know(t, None)
             return
         given = [t for t in _flat((args, kwargs)) if isinstance(t, Tensor)]
+        count = self._count
         for t in results:
             value = self._find(t)
             if not isinstance(value, _Value):
                 value = self._value(t, next((g for g in given if _share_memory(t, g)), None))
                 self._know(t, value)
             call.results.append(value)
-        self._calls.append(call)
+        if not func.is_view or self._count > count:  # and no view that there is already
+            self._calls.append(call)
 
     def _know(self, t: Tensor, value: _Value | None) -> None:
         self._known[id(t)] = weakref.ref(t), value
@@ -131,9 +134,13 @@ class Recorder(Watch):
         of = None if base is None else self._find(base)
         if base is not None and not isinstance(of, _Value):
             self._repeatable = False  # a constant may be written to
-        number, self._count = self._count, self._count + 1
-        like = (t.shape, t.stride() if t.layout == torch.strided else None, t.dtype)
-        return _Value(number, of.memory if isinstance(of, _Value) else number, like)
+        number = self._count
+        memory = of.memory if isinstance(of, _Value) else number
+        where = (t.stride(), t.storage_offset()) if t.layout == torch.strided else number
+        like = (t.shape, where, t.dtype)
+        value = self._alike.setdefault((memory, like), _Value(number, memory, like))
+        self._count += value.number == number
+        return value
 
     def _find(self, t: Tensor) -> _Value | Tensor | None:
         """Return the value that a tensor is, or itself, a constant; None if it is neither."""
@@ -167,6 +174,16 @@ def _flat(tree: Any) -> list[Any]:
     if isinstance(tree, (list, tuple)):
         return [v for branch in tree for v in _flat(branch)]
     return [tree]
+
+
+def _needed(calls: list[_Call], y: _Value) -> list[_Call]:
+    """Return the calls without views that nobody reads."""
+    read, needed = {y}, list[_Call]()
+    for call in reversed(calls):
+        if not call.op.is_view or not read.isdisjoint(call.results):
+            read.update(call.values)
+            needed.append(call)
+    return needed[::-1]
 
 
 # ----------------------------------------------------------------------- results in place of values

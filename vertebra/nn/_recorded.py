@@ -59,9 +59,13 @@ def _is_ordinary(x: Tensor) -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Return whether a call of `module` comes to calls of ops that follow from its state."""
-    where: str = type(module).forward.__module__
-    return where.startswith(("torch.nn.modules.", "vertebra.")) and not has_hooks(module)
+    """Return whether a call of `module` comes to calls of ops that follow from its state.
+
+    A class of another library is known to do so by REPEATS.
+    """
+    kind = type(module)
+    ours = kind.forward.__module__.startswith(("torch.nn.modules.", "vertebra."))
+    return (ours or hasattr(kind, "REPEATS")) and not has_hooks(module)
 
 
 class _Recordings:

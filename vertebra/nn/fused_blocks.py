@@ -11,19 +11,27 @@ from .checkpoint import CheckpointSequential
 from .fused import is_fused_model
 
 
-class FusedBlocks(CheckpointSequential):
-    """Blocks in sequence, or sequences of them, whose calls are recorded on CPUs.
+class Recorded(nn.Module):
+    """What the `forward` of the class after this one calls, recorded on CPUs.
 
-    They are run again without the blocks where those would call the same (`_recorded`).
+    It is run again without the modules inside where those would call the same (`_recorded`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        forward = super().forward
-        return forward(x) if self.grad_checkpointing else recorded(self, forward, x)
+        return recorded(self, super().forward, x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        forget(self)  # moved or converted, they would hold the memory that they leave
+        forget(self)  # moved or converted, it would hold the memory that it leaves
         return super()._apply(fn, recurse)
+
+
+class FusedBlocks(Recorded, CheckpointSequential):
+    """Blocks in sequence, or sequences of them, whose calls are recorded on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            return CheckpointSequential.forward(self, x)
+        return super().forward(x)
 
 
 def passes_on(sequence: nn.Module) -> bool:

@@ -13,8 +13,9 @@ from ._drop import is_idle
 from .fused import is_fused
 
 # On CPUs the hidden map is made a few images at a time: it stays in the cache, and malloc does not
-# ask the system for its pages each time. ConvNeXt-T at batch 8: 430 ms for 468 (Zen 5, 8 to 16 MB)
-_MAX_HIDDEN_BYTES = 8 * 2**20
+# ask the system for its pages each time. ConvNeXt-T at batch 8: 430 ms for 468 (Zen 5, two threads,
+# 4 to 8 MB for each)
+_MAX_HIDDEN_BYTES_PER_THREAD = 4 * 2**20
 
 
 class MlpNames(NamedTuple):
@@ -61,7 +62,8 @@ def _images_at_a_time(x: Tensor, fc1: Any) -> int | None:
     if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or not _is_for_cpu(x):
         return None
     hidden = fc1.weight.shape[0] * (x[:1].numel() // fc1.weight.shape[1]) * x.element_size()
-    count = max(1, _MAX_HIDDEN_BYTES // max(1, hidden))
+    most = _MAX_HIDDEN_BYTES_PER_THREAD * torch.get_num_threads()
+    count = max(1, most // max(1, hidden))
     return None if count >= len(x) else count
 
 
