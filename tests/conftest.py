@@ -82,6 +82,12 @@ def _light_interpreter() -> None:
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_tables_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let no choice that was measured on this machine decide what a test runs."""
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -156,6 +156,25 @@ def test_pairs_are_measured_against_the_convolutions_apart(where: Place) -> None
     assert not table()
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_candidates_of_a_cpu(adds, on_onednn) -> None:
+    where = place(act="none", precision="")
+    if adds:
+        residual = torch.empty(1, 16, 5, 7, device="meta")
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        where = place(act="none", precision="", residual=residual)
+    problem = tune.Problem.create(where, 2, torch.device("cpu"))
+    names = module().candidates(*problem.sets[0])
+    assert names == ["onednn", "onednn_linear", "mkl"]
+    for a in problem.sets:
+        assert isinstance(a.weight, torch.nn.Parameter)  # others are not packed
+        assert not a.weight.requires_grad
+    report = run(where, names)
+    assert [row.status for row in report.comparisons[0].rows] == ["ok"] * 3
+    assert table()[where.site]["2"] in names
+    assert len(tune.places(["resnet18"], SETTINGS)) > 3
+
+
 def test_a_pair_with_a_3x3_competes_with_the_best_of_the_pair() -> None:
     """Apart, the pair runs as its own table says, which is there by then."""
     kernel = "triton:64x64:w4:s2"
@@ -266,7 +285,7 @@ def test_a_run_has_its_table_on_a_page(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet18", "--device", "cpu"], "oneDNN's"),
+        (["resnet18", "--device", "cpu"], "TRITON_INTERPRET=1"),
         (["resnet181", "--device", "cpu", "--tiny"], "no model is called 'resnet181'"),
         (["resnet18", "--device", "cpu", "--tiny", "--filter", "9x9"], "no convolution is called"),
         (["resnet18", "--batch", "x"], "batch must be a number"),

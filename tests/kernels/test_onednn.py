@@ -1,8 +1,9 @@
-"""`conv2d_act` by oneDNN: within the definition's budget, and weights packed when they must."""
+"""`conv2d_act` on CPUs: within the definition's budget, and weights packed when they must."""
 
 from __future__ import annotations
 
 import gc
+import importlib
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vertebra import backend
-from vertebra.kernels import _onednn, conv2d_act
+from vertebra.kernels import _choices, _onednn, conv2d_act
 from vertebra.kernels._act import ACTIVATIONS
 from vertebra.kernels._op import Call, observe
 from vertebra.testing.budget import assert_within_budget
@@ -27,6 +28,14 @@ def _nothing_packed() -> None:
 def frozen(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     fan_in = max(1, torch.Size(shape[1:]).numel())
     return nn.Parameter((torch.randn(shape) / fan_in**0.5).to(dtype), requires_grad=False)
+
+
+def as_candidate(name: str, *args: Any, act: str = "none") -> Tensor:
+    """Return a 1x1 as a candidate computes it, or the one that is chosen."""
+    x, weight, bias, residual = (*args, None, None)[:4]
+    op = importlib.import_module("vertebra.kernels.conv2d_act").op
+    steps = ((1, 1), (0, 0), (1, 1), 1)
+    return op(x, weight, None, bias, residual, *steps, act, "", name)
 
 
 def paths(call: Any) -> list[tuple[str, str | None]]:
@@ -70,6 +79,78 @@ def test_within_the_budget(window, act, dtype):
         assert_within_budget(f"{layout}", found, eager, truth, terms)
         assert found.stride() == eager.stride()
     assert paths(lambda: conv2d_act(*args, act, **steps))[0][0] == "onednn"
+
+
+PRODUCTS = [
+    ("onednn_linear", torch.float32),
+    ("onednn_linear", torch.bfloat16),
+    ("mkl", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), PRODUCTS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_products_of_rows_are_within_the_budget(name, dtype, act):
+    weight = frozen(24, 16, 1, 1, dtype=dtype)
+    for N, with_bias, adds, packs in product((1, 3), *[(True, False)] * 3):
+        x = torch.randn(N, 16, 9, 11, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        bias = torch.randn(24, dtype=torch.float32 if N == 3 else dtype) if with_bias else None
+        residual = torch.randn(N, 24, 9, 11, dtype=dtype) if adds else None
+        kept = [t.clone() for t in (x, residual) if t is not None]
+        args = (x, weight if packs else weight.clone(), bias, residual)
+        found = as_candidate(name, *args, act=act)
+        double = [None if a is None else a.double() for a in args]
+        with backend("eager"):
+            eager = conv2d_act(*args, act)
+            truth = conv2d_act(*double, act)
+        assert_within_budget(f"{N} {adds}", found, eager, truth, 16)
+        assert found.stride() == eager.stride()
+        assert all(map(torch.equal, kept, (t for t in (x, residual) if t is not None)))
+
+
+@pytest.mark.parametrize("name", ["onednn_linear", "mkl"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weight": (16, 16, 3, 3), "padding": 1}, "a window"),
+        ({"stride": 2}, "steps"),
+        ({"padding": 1}, "padding"),
+        ({"weight": (16, 4, 1, 1), "groups": 4}, "groups"),
+        ({"layout": torch.contiguous_format}, "not in channels_last"),
+    ],
+)
+def test_what_is_no_product_of_rows(name, change, reason, monkeypatch):
+    """Measured or not, it runs as a convolution."""
+    monkeypatch.setattr(_choices, "best", lambda *_: name)
+    steps = {"layout": torch.channels_last, "weight": (16, 16, 1, 1), **change}
+    x = torch.randn(1, 16, 5, 5).contiguous(memory_format=steps.pop("layout"))
+    weight = frozen(*steps.pop("weight"))
+    ((path, why),) = paths(lambda: conv2d_act(x, weight, **steps))
+    assert path == "onednn"
+    assert reason in why
+    assert "onednn: the default" in why
+
+
+def test_mkl_is_for_fp32():
+    x = torch.randn(1, 4, 5, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(NotImplementedError, match="fp32"):
+        as_candidate("mkl", x, frozen(4, 4, 1, 1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["onednn_linear", "mkl"])
+def test_a_table_of_this_cpu_decides(name):
+    x = torch.randn(2, 4, 5, 7).contiguous(memory_format=torch.channels_last)
+    weight = frozen(6, 4, 1, 1)
+    device = _choices.device_name(x.device)
+    assert device not in ("", "cpu")
+    path = _choices.write("conv2d_act", device, {"4x5x7 > 6 1x1 float32": {8: name}}, {})
+    ((found, why),) = paths(lambda: conv2d_act(x, weight, act="relu"))
+    assert found == name.partition("_")[0]
+    assert why == f"{name}: measured to be the fastest on {device}"
+    path.unlink()
+    _choices.forget()
+    ((found, why),) = paths(lambda: conv2d_act(x, weight, act="relu"))
+    assert (found, "nothing is measured" in why) == ("onednn", True)
 
 
 def test_slices_and_one_channel():
@@ -122,9 +203,14 @@ def test_gradients_are_there_when_they_are_wanted_again():
 # the packed copies
 
 
-def assert_right(x: Tensor, weight: Tensor) -> None:
+CANDIDATES = ["onednn", "onednn_linear", "mkl"]
+
+
+def assert_right(x: Tensor, weight: Tensor, name: str = "") -> None:
+    x = x.contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(x.double(), weight.double())
-    torch.testing.assert_close(conv2d_act(x, weight).double(), expected, rtol=1e-4, atol=1e-4)
+    found = as_candidate(name, x, weight)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_parameters_are_packed_and_nothing_else():
@@ -158,12 +244,19 @@ def test_parameters_are_packed_and_nothing_else():
         lambda w: w.detach().zero_(),
     ],
 )
-def test_a_changed_weight_is_packed_anew(change):
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_changed_weight_is_packed_anew(name, change):
     x, weight = torch.randn(1, 4, 5, 5), frozen(4, 4, 1, 1)
-    assert_right(x, weight)
+    assert_right(x, weight, name)
     with torch.no_grad():
         change(weight)
-    assert_right(x, weight)
+    assert_right(x, weight, name)
+
+
+def test_a_weight_is_packed_for_whoever_takes_it():
+    x, weight = torch.randn(1, 4, 5, 5), frozen(4, 4, 1, 1)
+    for name in (*CANDIDATES, *CANDIDATES):
+        assert_right(x, weight, name)
 
 
 def test_memory_that_is_given_back_is_not_taken_for_the_same():
@@ -174,20 +267,21 @@ def test_memory_that_is_given_back_is_not_taken_for_the_same():
         weight.data = torch.randn(4, 4, 1, 1)
 
 
-def test_another_size_is_packed_for_when_it_stays():
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_another_size_is_packed_for_when_it_stays(name):
     weight = frozen(4, 4, 1, 1)
     small, large = torch.randn(1, 4, 5, 5), torch.randn(2, 4, 9, 9)
 
     def packed() -> Tensor:
         return _onednn._packed[id(weight)].weight
 
-    assert_right(small, weight)
+    assert_right(small, weight, name)
     first = packed()
     for x in (large, small, large, small):  # in turns
-        assert_right(x, weight)
+        assert_right(x, weight, name)
         assert packed() is first
-    assert_right(large, weight)
-    assert_right(large, weight)
+    assert_right(large, weight, name)
+    assert_right(large, weight, name)
     assert packed() is not first
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vertebra
 from vertebra.bench import peers
 from vertebra.bench.small import Logits
-from vertebra.kernels import _recording
+from vertebra.kernels import _choices, _recording
 from vertebra.kernels._op import observe
 from vertebra.models import ConvNeXt, RegNet, ResNet
 from vertebra.models._convnext_config import ConvNeXtConfig
@@ -81,7 +81,9 @@ def image(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 40, 33)
 
 
-def assert_recorded(model: nn.Module, recordings: list[Any], stages: int) -> None:
+def assert_recorded(
+    model: nn.Module, recordings: list[Any], stages: int, rtol: float = 0.0
+) -> None:
     """The third call and those after it are of recordings, one for each stage."""
     for _ in range(2):
         model(image())
@@ -89,7 +91,7 @@ def assert_recorded(model: nn.Module, recordings: list[Any], stages: int) -> Non
     for _ in range(2):
         x = image()
         recordings.clear()
-        assert torch.equal(model(x), exact(model, x))
+        torch.testing.assert_close(model(x), exact(model, x), rtol=rtol, atol=rtol)
         assert len(recordings) == stages
 
 
@@ -162,6 +164,21 @@ def eca_of_timm() -> nn.Module:
     resnet = peers.timm().models.resnet
     options = {"channels": (8, 8, 8, 8), "block_args": {"attn_layer": "eca"}, "num_classes": 5}
     return resnet.ResNet(resnet.Bottleneck, (1, 2, 1, 1), **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("candidate", ["onednn_linear", "mkl"])
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_measured_to_be_faster_is_recorded(name, candidate, recordings, monkeypatch):
+    monkeypatch.setattr(_choices, "best", lambda *_: candidate)
+    # in which order MKL adds depends on where memory lies
+    rtol = 1e-5 if candidate == "mkl" else 0.0
+    assert_recorded(fused(name), recordings, STAGES[name], rtol)
+    called = {call.op.__name__.partition(".")[0] for text in recordings for call in text.calls}
+    basic = {"_convolution_pointwise", "_convolution_pointwise_"}
+    product = "_mkl_linear" if candidate == "mkl" else "_linear_pointwise"
+    assert (product in called) == (name != "basic")
+    assert called & basic
 
 
 PEERS: dict[str, tuple[Callable[[], nn.Module], int]] = {

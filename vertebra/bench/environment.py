@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..kernels import current_backend
+from ..kernels._choices import device_name
 from ..kernels._op import INTERPRETED
 
 _PACKAGE = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "source": _source(),
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
-        "device": _device_name(device),
+        "device": device_name(device),
         "backend": current_backend(),
         "interpreted": INTERPRETED,
         "cores": os.cpu_count(),
@@ -56,15 +57,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in (_output("lscpu") or "").splitlines():
-        if line.startswith("Model name:"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

@@ -147,12 +147,12 @@ def places(names: Sequence[str], settings: Settings) -> list[Place]:
     """Return the convolutions of some models after `fuse`, on an image of the size that is set.
 
     Raises:
-        ValueError: there is no such model; on a CPU, where there is nothing to choose from.
+        ValueError: there is no such model; kernels are interpreted, so that no time counts.
     """
-    if not settings.on_gpu and not settings.tiny:
+    if has_kernels(torch.empty(0)) and not settings.tiny:
         raise ValueError(
-            "tune chooses between kernels of a GPU, and torch finds none here; on a CPU "
-            "convolutions are oneDNN's. Only --tiny, which writes no table, runs there"
+            "tune times candidates, and TRITON_INTERPRET=1 has those of Triton interpreted; unset "
+            "it. Only --tiny, which writes no table, runs so"
         )
     check(names)
     device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
@@ -246,7 +246,7 @@ class Problem:
         first = _inputs(place.arguments, batch, device)
         size = sum(value.nbytes for value in first if isinstance(value, Tensor))
         copies = cache_copies(size, device)
-        others = (_each(first, Tensor.clone) for _ in range(copies - 1))
+        others = (_each(first, _cloned) for _ in range(copies - 1))
         return cls(place.tuned.op, [first, *others])
 
     def oracle(self) -> Oracle:
@@ -276,15 +276,24 @@ def _answers(returned: Any) -> Answers:
     return dict(zip("yz", maps, strict=False))
 
 
+def _cloned(t: Tensor) -> Tensor:
+    return nn.Parameter(t.clone(), False) if isinstance(t, nn.Parameter) else t.clone()
+
+
 def _inputs(a: Any, batch: int, device: torch.device) -> Any:
-    """Return the call of so many images, with values of which the sums are of order one."""
+    """Return the call of so many images, with values of which the sums are of order one.
+
+    What is no map is a parameter: others are not packed on CPUs.
+    """
 
     def drawn(t: Tensor) -> Tensor:
         is_map = t is a.x or t is a.residual
         shape = (batch, *t.shape[1:]) if is_map else tuple(t.shape)
         scale = 1.0 if is_map or t.dim() == 1 else t[0].numel() ** -0.5
         values = (torch.randn(shape, device=device) * scale).to(t.dtype)
-        return values.contiguous(memory_format=memory_format(t)) if t.dim() == 4 else values
+        if t.dim() == 4:
+            values = values.contiguous(memory_format=memory_format(t))
+        return values if is_map else nn.Parameter(values, requires_grad=False)
 
     return _each(a, drawn)
 

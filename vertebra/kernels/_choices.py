@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 import sys
 import warnings
@@ -47,7 +48,18 @@ def shipped_folder() -> Path:
 @cache
 def device_name(device: torch.device) -> str:
     """Return the name that tables are filed under."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_name() if device.type == "cpu" else device.type
+
+
+def _cpu_name() -> str:
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        facts = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", facts, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def file_of(folder: Path, op: str, device: str) -> Path:

@@ -5,6 +5,9 @@ images of one size, and this copy is kept as long as the weight: beside it, not 
 `state_dict`, pickle or copy of a module has it. Only parameters are packed: other tensors do not
 come back.
 
+A 1x1 is a product of rows too, which oneDNN has as a linear layer, and MKL without an epilogue.
+Which is the fastest is a matter of the CPU.
+
 oneDNN's relu returns 0 for NaN; aten's returns NaN.
 """
 
@@ -22,6 +25,10 @@ from ._conv2d import Arguments, memory_format
 from ._op import is_plain
 
 _mkldnn: Any = torch.ops.mkldnn
+_mkl: Any = torch.ops.mkl
+
+Run = Callable[..., Tensor]
+"""Runs calls of one signature, given the op's arguments."""
 
 # by the name of ours: oneDNN's, and its algorithm
 _ACTIVATIONS = {
@@ -43,8 +50,13 @@ class _Packed(NamedTuple):
     place: int
     version: int
     image: torch.Size
-    steps: tuple[Any, ...]
+    way: tuple[Any, ...]
     weight: Tensor
+
+    @property
+    def rows(self) -> int:
+        """The pixels that it is for."""
+        return _pixels(self.image)
 
 
 _packed: dict[int, _Packed] = {}  # by id of the parameter
@@ -75,6 +87,24 @@ def refuses_map(x: Tensor) -> str | None:
     return "empty input" if x.numel() == 0 else None
 
 
+def refuses_rows(a: Arguments) -> str | None:
+    """Return why a call is no product of oneDNN's."""
+    if a.weight.shape[2:] != (1, 1) or (*a.stride, *a.padding, a.groups) != (1, 1, 0, 0, 1):
+        return "it has a window, steps, padding or groups (and is no product of rows)"
+    if memory_format(a.x) is not torch.channels_last:
+        return "x is not in channels_last (.to(memory_format=torch.channels_last))"
+    return refuses(a)
+
+
+def refuses_mkl(a: Arguments) -> str | None:
+    """Return why a call is no product of MKL's."""
+    if not torch.backends.mkl.is_available():
+        return "PyTorch was built without MKL"
+    if a.x.dtype != torch.float32:
+        return f"dtype {a.x.dtype} (MKL packs weights in fp32)"
+    return refuses_rows(a)
+
+
 def _is_supported(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return _mkldnn._is_mkldnn_bf16_supported()
@@ -83,13 +113,14 @@ def _is_supported(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def bound(a: Arguments) -> Callable[..., Tensor]:
-    """Return what runs calls of the signature of `a`, given the op's arguments.
+def bound(a: Arguments) -> Run:
+    """Return what runs calls of the signature of `a` as convolutions.
 
     All that follows from the signature is found out here: for one small image a network spends as
     long between its convolutions as in them.
     """
     steps = (a.padding, a.stride, a.dilation, a.groups)
+    way = ("convolution", *steps)
     name, algorithm = _ACTIVATIONS[a.act]
     last = None if a.act == "none" else name
     adds = a.groups == 1 and a.act in ("none", "relu")  # PyTorch has no other adds
@@ -103,17 +134,65 @@ def bound(a: Arguments) -> Callable[..., Tensor]:
     ) -> Tensor:
         if rounds_bias and bias is not None:
             bias = bias.to(x.dtype)
-        packed = _pack(weight, image, steps)
-        if packed is weight:  # channels_last out of whatever comes in, as with packed weights
+        packed = _pack(weight, image, way)
+        if packed is None:  # channels_last out of whatever comes in, as with packed weights
             x = x.contiguous(memory_format=torch.channels_last)
-        if residual is None:
-            y = unary(x, packed, bias, *steps, name, [], algorithm)
-        elif adds:
-            y = binary(x, residual, packed, bias, *steps, "add", 1.0, last, [], None)
         else:
-            y = unary(x, packed, bias, *steps, "none", [], "")
+            weight = packed.weight
+        if residual is None:
+            y = unary(x, weight, bias, *steps, name, [], algorithm)
+        elif adds:
+            y = binary(x, residual, weight, bias, *steps, "add", 1.0, last, [], None)
+        else:
+            y = unary(x, weight, bias, *steps, "none", [], "")
             y = finish(y, residual, act)
         return y if wanted is torch.channels_last else y.contiguous(memory_format=wanted)
+
+    return run
+
+
+def bound_linear(a: Arguments) -> Run:
+    """Return what runs calls of the signature of `a` as linear layers of oneDNN's."""
+    name, algorithm = _ACTIVATIONS[a.act]
+    act = a.act
+    unary, binary = _mkldnn._linear_pointwise.default, _mkldnn._linear_pointwise.binary
+
+    def product(
+        x: Tensor, _: Tensor, packed: _Packed, bias: Any, residual: Tensor | None
+    ) -> Tensor:
+        if residual is None:
+            return unary(x, packed.weight, bias, name, [], algorithm)
+        return finish(binary(x, residual, packed.weight, bias, "add"), None, act)
+
+    return _by_rows(a, ("linear",), product)
+
+
+def bound_mkl(a: Arguments) -> Run:
+    """Return what runs calls of the signature of `a` as products of MKL's, and the rest behind."""
+    act, linear = a.act, _mkl._mkl_linear.default
+
+    def product(x: Tensor, weight: Tensor, packed: _Packed, bias: Any, residual: Any) -> Tensor:
+        y = linear(x, packed.weight, weight[:, :, 0, 0], bias, packed.rows)
+        return finish(y, residual, act)
+
+    return _by_rows(a, ("mkl",), product)
+
+
+def _by_rows(a: Arguments, way: tuple[Any, ...], product: Run) -> Run:
+    """Return what runs calls of the signature of `a` by products of (N, H, W, C) and weights."""
+    image, unpacked = a.x.shape, bound(a)
+    rounds_bias = a.bias is not None and a.bias.dtype != a.x.dtype
+
+    def run(
+        x: Tensor, weight: Tensor, _: None, bias: Tensor | None, residual: Tensor | None, *__: Any
+    ) -> Tensor:
+        packed = _pack(weight, image, way)
+        if packed is None:
+            return unpacked(x, weight, None, bias, residual)
+        if rounds_bias and bias is not None:
+            bias = bias.to(x.dtype)
+        rows = None if residual is None else residual.permute(0, 2, 3, 1)
+        return product(x.permute(0, 2, 3, 1), weight, packed, bias, rows).permute(0, 3, 1, 2)
 
     return run
 
@@ -128,15 +207,15 @@ def _drop(key: int) -> None:
     _last.pop(key, None)
 
 
-def _pack(weight: Tensor, image: torch.Size, steps: tuple[Any, ...]) -> Tensor:
-    """Return `weight` packed for images of a size, or as it is if it is no parameter.
+def _pack(weight: Tensor, image: torch.Size, way: tuple[Any, ...]) -> _Packed | None:
+    """Return `weight` packed for images of a size; None if it is no parameter.
 
     Packed for another size it does as well, if not always as fast. It is packed anew when a size
     comes twice in a row: sizes that alternate would have it packed all the time.
     """
     owner = weight if weight._base is None else weight._base
     if not isinstance(owner, nn.Parameter) or owner.is_inference():
-        return weight
+        return None
     key = id(owner)
     found = _packed.get(key)
     if (
@@ -144,7 +223,7 @@ def _pack(weight: Tensor, image: torch.Size, steps: tuple[Any, ...]) -> Tensor:
         and found.owner() is owner
         and found.version == owner._version
         and found.place == weight.data_ptr()
-        and found.steps == steps
+        and found.way == way
         and found.source.stride() == weight.stride()
         and found.source.dtype == weight.dtype
         and found.source.shape == weight.shape
@@ -152,18 +231,28 @@ def _pack(weight: Tensor, image: torch.Size, steps: tuple[Any, ...]) -> Tensor:
         if found.image == image:
             if _last:
                 _last.pop(key, None)
-            return found.weight
+            return found
         if _last.get(key) != image:
             _last[key] = image
-            return found.weight
+            return found
     _last.pop(key, None)
+    kept_with = weakref.ref(owner, lambda _: _drop(key))
     with torch.no_grad():
         source = weight.detach()
-        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # pyright: ignore
-            source.to_mkldnn(), *steps, list(image)
-        )
-    kept_with = weakref.ref(owner, lambda _: _drop(key))
-    _packed[key] = _Packed(
-        kept_with, source, source.data_ptr(), owner._version, image, steps, packed
-    )
-    return packed
+        packed = _reordered(source, image, *way)
+    place = source.data_ptr()
+    _packed[key] = _Packed(kept_with, source, place, owner._version, image, way, packed)
+    return _packed[key]
+
+
+def _reordered(weight: Tensor, image: torch.Size, kind: str, *steps: Any) -> Tensor:
+    if kind == "convolution":
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # pyright: ignore
+        return reorder(weight.to_mkldnn(), *steps, list(image))
+    own = _mkl._mkl_reorder_linear_weight if kind == "mkl" else _mkldnn._reorder_linear_weight
+    return own(weight.flatten(1).contiguous(), _pixels(image))
+
+
+def _pixels(image: torch.Size) -> int:
+    N, _, H, W = image
+    return N * H * W

@@ -25,6 +25,8 @@ There are several implementations, the *candidates*, by name:
     cudnn         PyTorch's convolution, and one kernel of ours for the rest
     cudnn_fused   cuDNN's own convolution + bias (+ residual) + relu
     onednn        oneDNN's, on CPUs, with weights packed once (`_onednn`)
+    onednn_linear oneDNN's linear layer, where all there is of a window is 1x1
+    mkl           MKL's product, alike, and PyTorch's ops for the rest
 
 and the eager definition. `_choose` is where they compete.
 """
@@ -128,11 +130,16 @@ def _forward(*args: Any) -> Tensor:
 
 
 class Candidate(NamedTuple):
-    """An implementation: the path that `explain` shows, what computes it, why it leaves a call."""
+    """An implementation: the path that `explain` shows, what computes it, why it leaves a call.
+
+    One without a kernel of ours needs no registered op: `bound` returns what runs all calls of a
+    signature, given the op's arguments.
+    """
 
     path: str
     compute: Callable[[Arguments], Tensor]
     refuses: Callable[[Arguments], str | None]
+    bound: Callable[[Arguments], Callable[..., Tensor]] | None = None
 
 
 def _on_triton(a: Arguments) -> Tensor:
@@ -213,14 +220,22 @@ def _refuses_cudnn_fused(a: Arguments) -> str | None:
     return None
 
 
-def _on_onednn(a: Arguments) -> Tensor:
-    return _onednn.bound(a)(*a)
+def _for_cpus(
+    path: str,
+    bound: Callable[[Arguments], Callable[..., Tensor]],
+    refuses: Callable[[Arguments], str | None],
+) -> Candidate:
+    """Return a candidate whose weights are packed."""
 
+    def compute(a: Arguments) -> Tensor:
+        return bound(a)(*a)
 
-def _refuses_onednn(a: Arguments) -> str | None:
-    if wants_grad(*a[:5]):
-        return "a gradient is wanted (oneDNN's epilogue is for inference)"
-    return _onednn.refuses(a)
+    def refused(a: Arguments) -> str | None:
+        if wants_grad(*a[:5]):
+            return "a gradient is wanted (oneDNN's epilogue is for inference)"
+        return refuses(a)
+
+    return Candidate(path, compute, refused, bound)
 
 
 def _refuses_kernels(a: Arguments) -> str | None:
@@ -234,7 +249,9 @@ CANDIDATES = {
     "triton": Candidate("triton", _on_triton, _refuses_triton),
     "cudnn": Candidate("cudnn", _on_cudnn, _refuses_kernels),
     "cudnn_fused": Candidate("cudnn", _on_cudnn_fused, _refuses_cudnn_fused),
-    "onednn": Candidate("onednn", _on_onednn, _refuses_onednn),
+    "onednn": _for_cpus("onednn", _onednn.bound, _onednn.refuses),
+    "onednn_linear": _for_cpus("onednn", _onednn.bound_linear, _onednn.refuses_rows),
+    "mkl": _for_cpus("mkl", _onednn.bound_mkl, _onednn.refuses_mkl),
 }
 
 
@@ -285,10 +302,10 @@ def _choose(*args: Any) -> Choice:
     reasons: list[str] = []
     for name, merit in [(given, "asked for")] if given else _ranked(Arguments(*args)):
         if (reason := _refuses_as(name, *args)) is None:
-            path = _candidate(name).path
+            path, _, _, bound = _candidate(name)
             why = "; ".join([*reasons, f"{name}: {merit}"])
-            if path == "onednn":  # no kernel of ours, so no registered op
-                return Choice(path, _while_enabled(_onednn.bound(Arguments(*args))), why, True)
+            if bound is not None:
+                return Choice(path, _while_enabled(bound(Arguments(*args))), why, True)
             return Choice(path, partial(_run_as, name), None if path == "triton" else why)
         reasons.append(reason)
     if given:
