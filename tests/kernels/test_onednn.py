@@ -143,7 +143,11 @@ def test_a_table_of_this_cpu_decides(name):
     weight = frozen(6, 4, 1, 1)
     device = _choices.device_name(x.device)
     assert device not in ("", "cpu")
+    conv2d_act(x, weight, act="relu")
+    assert _onednn._packed[id(weight)].way[0] == "convolution"
     path = _choices.write("conv2d_act", device, {"4x5x7 > 6 1x1 float32": {8: name}}, {})
+    conv2d_act(x, weight, act="relu")  # for which the choice of the first call had lasted
+    assert _onednn._packed[id(weight)].way[0] == name.removeprefix("onednn_")
     ((found, why),) = paths(lambda: conv2d_act(x, weight, act="relu"))
     assert found == name.partition("_")[0]
     assert why == f"{name}: measured to be the fastest on {device}"

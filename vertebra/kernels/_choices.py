@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ._op import current_backend, is_plain
+from ._op import current_backend, forget_choices, is_plain
 from ._signature import Signatures
 
 SCHEMA = 1
@@ -107,6 +107,7 @@ def forget() -> None:
     """Read tables anew, and choose anew: what whoever has written one calls."""
     for signatures in _remembered:
         signatures.clear()
+    forget_choices()
     best.cache_clear()
     _tables.cache_clear()
     replay = sys.modules.get(f"{__package__}._triton._replay")

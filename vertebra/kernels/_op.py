@@ -131,6 +131,15 @@ class Call(NamedTuple):
     reason: str | None
 
 
+_lasting: list[Signatures] = []
+
+
+def forget_choices() -> None:
+    """Let every op choose anew."""
+    for chosen in _lasting:
+        chosen.clear()
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One contract and its implementations, all with the same positional arguments.
@@ -185,7 +194,9 @@ class Op:
     @cached_property
     def _chosen(self) -> Signatures:
         """The signatures of calls of which the choice lasts; the plan by grad mode is what runs."""
-        return Signatures()
+        chosen = Signatures()
+        _lasting.append(chosen)
+        return chosen
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
