@@ -86,11 +86,12 @@ def assert_recorded(
     model: nn.Module, recordings: list[Any], stages: int, rtol: float = 0.0
 ) -> None:
     """The third call and those after it are of recordings, one for each stage."""
+    dtype = next(model.parameters()).dtype
     for _ in range(2):
-        model(image())
+        model(image().to(dtype))
     assert not recordings
     for _ in range(2):
-        x = image()
+        x = image().to(dtype)
         recordings.clear()
         torch.testing.assert_close(model(x), exact(model, x), rtol=rtol, atol=rtol)
         assert len(recordings) == stages
@@ -103,6 +104,18 @@ def test_stages_are_recorded(name, recordings):
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         recordings.clear()
         assert_recorded(twin, recordings, STAGES[name])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OWN)
+def test_half_precision_is_recorded(name, dtype, recordings):
+    """Where the CPU has it."""
+    has = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    assert_recorded(fused(name).to(dtype), recordings, STAGES[name] * has[dtype]())
 
 
 @torch.no_grad()

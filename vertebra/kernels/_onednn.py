@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ def refuses_mkl(a: Arguments) -> str | None:
     return refuses_rows(a)
 
 
+@cache  # these are calls of ops: a recorder would take the answer for a number of its calls
 def _is_supported(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return _mkldnn._is_mkldnn_bf16_supported()
