@@ -1,5 +1,6 @@
 """What is compared: every library's model is the same network, and the batch is balanced."""
 
+import copy
 from contextlib import suppress
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from vertebra.bench import models
 from vertebra.bench.runner import Unavailable
 from vertebra.bench.settings import Settings
-from vertebra.bench.workload import VARIANTS, Workload
+from vertebra.bench.workload import VARIANTS, Workload, jitter
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("sklearn")
@@ -84,6 +85,26 @@ def test_half_precision_has_a_yardstick(name) -> None:
     """
     tiny = Settings.choose(device="cpu", tiny=True, known=VARIANTS)
     workload(*tiny.batches, torch.bfloat16, name, tiny.image_size).oracle("training")
+
+
+def test_weights_that_are_rounded_once_more_are_right() -> None:
+    """As a norm's that is folded into them: its errors are those of channels, which no pool evens.
+
+    Ten roundings are wrong.
+    """
+    work = workload(4, torch.bfloat16, size=64)
+    oracle, eps = work.oracle("forward"), torch.finfo(torch.bfloat16).eps
+    providers = {p.name: p for p in work.providers(["eager-nhwc", "fused"], "forward")}
+    eager, fused = (oracle.judge(p.make()(0)) for p in providers.values())
+    assert not eager.wrong
+    assert not fused.wrong
+    model = copy.deepcopy(work.reference).bfloat16().double()
+    jitter(model, 1, eps / 2)
+    rounded = oracle.judge(work._exact(model, "forward"))
+    assert 1.8 * rounded.errors["logits"] < rounded.allowed["logits"]
+    assert rounded.errors["logits"] > 1.5 * eager.errors["logits"]
+    jitter(model, 2, 5 * eps)
+    assert oracle.judge(work._exact(model, "forward")).wrong
 
 
 def test_costs_are_those_that_others_count() -> None:
