@@ -204,6 +204,8 @@ def _all(
     found = sources.of(kind)
     parts = [] if any(run.on_gpu for run in found) else [NO_GPU_RUN.format(code(command))]
     for run in found:
-        parts += [f"### {where(run.report)}", first(run), shown(run), about(run)]
+        dtypes = dict.fromkeys(str(c.facts["dtype"]) for c in run.report.comparisons)
+        title = ", ".join([where(run.report), *dtypes])
+        parts += [f"### {title}", first(run), shown(run), about(run)]
         parts += [folded(c.name, _in_full(c, run)) for c in run.report.comparisons]
     return paragraphs(*parts)
