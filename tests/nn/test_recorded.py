@@ -474,6 +474,17 @@ def test_a_stage_and_its_weights_die_with_the_model(repeatable, recordings, monk
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_converted_holds_no_memory_that_it_leaves(name, recordings):
+    model = fused(name)
+    for _ in range(3):
+        model(image())
+    assert any(module in _recorded._of for module in model.modules())
+    model.double()
+    assert not any(module in _recorded._of for module in model.modules())
+
+
 def test_threads_share_a_model():
     model = fused("resnet")
     images = [image(n) for n in (1, 2, 1, 2)]
