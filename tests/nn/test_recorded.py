@@ -474,7 +474,6 @@ def test_a_stage_and_its_weights_die_with_the_model(repeatable, recordings, monk
 
 
 @torch.no_grad()
-@torch.no_grad()
 @pytest.mark.parametrize("name", OWN)
 def test_what_is_converted_holds_no_memory_that_it_leaves(name, recordings):
     model = fused(name)
@@ -485,6 +484,7 @@ def test_what_is_converted_holds_no_memory_that_it_leaves(name, recordings):
     assert not any(module in _recorded._of for module in model.modules())
 
 
+@torch.no_grad()
 def test_threads_share_a_model():
     model = fused("resnet")
     images = [image(n) for n in (1, 2, 1, 2)]
