@@ -30,6 +30,7 @@ from ..nn._act import fusible_act, has_hooks
 from ..nn._drop import drop_add, is_idle
 from ..nn.back_to_back import End, InParts, end_of
 from ..nn.fused import Folded, is_fused
+from ..nn.fused_blocks import Recorded
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import normalise
 from ._children import collect, in_steps
@@ -256,15 +257,7 @@ def _is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return type(module) is nn.Sequential and not has_hooks(module)
 
 
-@accelerates(
-    "timm.models.resnet.ResNet",
-    _has_other_norms,
-    forward="eff6df9c6f1b",
-    forward_features="fc18b940d027",
-    forward_head="055da7df2e26",
-)
-class _ResNet:
-    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
+class _ResNetIntoPool:
     conv1: nn.Module
     bn1: nn.Module
     act1: nn.Module
@@ -303,6 +296,17 @@ class _ResNet:
         for stage in stages:
             x = stage(x)
         return x
+
+
+@accelerates(
+    "timm.models.resnet.ResNet",
+    _has_other_norms,
+    forward="eff6df9c6f1b",
+    forward_features="fc18b940d027",
+    forward_head="055da7df2e26",
+)
+class _ResNet(Recorded, _ResNetIntoPool):
+    CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
 
 
 @accelerates("timm.models.regnet.Bottleneck", forward="3f0bd82ca388")
@@ -368,14 +372,7 @@ class _RegStage:
     RUNS_IN_ROW = True
 
 
-@accelerates(
-    "timm.models.regnet.RegNet",
-    for_fused=True,
-    forward="eff6df9c6f1b",
-    forward_features="b0f71b7442ee",
-    forward_head="936f8dc3d0b2",
-)
-class _RegNet:
+class _RegNetIntoPool:
     stem: nn.Module
     s1: nn.Module
     s2: nn.Module
@@ -401,10 +398,21 @@ class _RegNet:
 
 
 @accelerates(
+    "timm.models.regnet.RegNet",
+    for_fused=True,
+    forward="eff6df9c6f1b",
+    forward_features="b0f71b7442ee",
+    forward_head="936f8dc3d0b2",
+)
+class _RegNet(Recorded, _RegNetIntoPool):
+    pass
+
+
+@accelerates(
     "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d", for_fused=True, forward="dca49f3c5957"
 )
 @accelerates("timm.layers.classifier.ClassifierHead", for_fused=True, forward="a8032c8d0974")
-class _StartsWithPool:
+class _StartsWithPool(Repeats):
     """Runs its pool before anything else, and on a map of one pixel to no effect if it is a mean.
 
     So who has the means already may pass them on.
@@ -430,7 +438,19 @@ class _Mlp(Repeats):
 @accelerates("timm.layers.eca.EcaModule", for_fused=True, forward="c4404a7369b9")
 @accelerates("timm.layers.norm.LayerNorm", for_fused=True, forward="9ad967238c23")
 @accelerates("timm.models.convnext.ConvNeXtStage", for_fused=True, forward="d1ed268ef75b")
+@accelerates("timm.layers.classifier.NormMlpClassifierHead", for_fused=True, forward="cd0e547d22ee")
 class _Plain(Repeats):
+    pass
+
+
+@accelerates(
+    "timm.models.convnext.ConvNeXt",
+    for_fused=True,
+    forward="eff6df9c6f1b",
+    forward_features="1c24745bef2e",
+    forward_head="5f147f9988c4",
+)
+class _ConvNeXt(Recorded):
     pass
 
 

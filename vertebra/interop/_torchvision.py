@@ -22,6 +22,7 @@ from ..nn import (
 from ..nn._act import has_hooks
 from ..nn.back_to_back import End, InParts, end_of
 from ..nn.fused import is_fused
+from ..nn.fused_blocks import Recorded
 from ..nn.mlp import MlpNames, mlp_add, takes_add
 from ..nn.norm_act import FrozenBatchNorm2d
 from ..nn.squeeze_excite import excite
@@ -91,7 +92,7 @@ class _Bottleneck(InParts):
 @accelerates(
     "torchvision.models.resnet.ResNet", _forward_impl="c9c75ff63451", forward="73d007729d3c"
 )
-class _ResNet:
+class _ResNet(Recorded):
     CONV_NORMS: ClassVar[ConvNorms] = (("conv1", "bn1"),)
     conv1: nn.Module
     bn1: nn.Module
@@ -162,8 +163,7 @@ class _ResBottleneckBlock(Layered):
         return x if self.proj is None else self.proj(x)
 
 
-@accelerates("torchvision.models.regnet.RegNet", for_fused=True, forward="63fd38b79d8e")
-class _RegNet:
+class _RunsIntoPool:
     stem: nn.Module
     trunk_output: nn.Module
     avgpool: nn.Module
@@ -179,6 +179,11 @@ class _RegNet:
         else:
             x = self.avgpool(self.trunk_output(x))
         return self.fc(x.flatten(start_dim=1))
+
+
+@accelerates("torchvision.models.regnet.RegNet", for_fused=True, forward="63fd38b79d8e")
+class _RegNet(Recorded, _RunsIntoPool):
+    pass
 
 
 @accelerates(
@@ -236,6 +241,16 @@ def _ends_in_rows(module: Any) -> str | None:
 def _has_other_layers(block: Any) -> str | None:
     is_known = len(block.block) == 7 and type(block.block) is nn.Sequential
     return None if is_known else "its MLP is not the one this version was written for"
+
+
+@accelerates(
+    "torchvision.models.convnext.ConvNeXt",
+    for_fused=True,
+    _forward_impl="8e6fc37f2f79",
+    forward="73d007729d3c",
+)
+class _ConvNeXt(Recorded):
+    pass
 
 
 @accelerates("torchvision.models.convnext.CNBlock", _ends_in_rows, forward="db7f6ca5fe75")

@@ -20,7 +20,7 @@ from ..nn.back_to_back import BackToBack, has_neighbours
 from ..nn.conv_same import Conv2dSame
 from ..nn.cuda_graph import CudaGraphs
 from ..nn.fused import Folded, FoldedAct, FusedConv2dSame, epilogue
-from ..nn.fused_blocks import FusedBlocks, passes_on
+from ..nn.fused_blocks import FusedBlocks, Recorded, passes_on
 from ..nn.norm_act import FrozenBatchNorm2d, FusesAct, is_bare
 from ..nn.sync import SyncBatchNormAct2d
 from ._fold import fold, fold_image, scale_of
@@ -92,6 +92,8 @@ def fuse(
         _fuse_act(module, users)
         if passes_on(module):
             module.__class__ = BackToBack if has_neighbours(module) else FusedBlocks
+        if isinstance(module, Recorded) and _is_as_written(module):
+            module.is_recorded = True
     if image is not None:
         fold_image(_find_image_conv(fused, len(image[0])), *image)
     return CudaGraphs(fused) if cuda_graph else fused
@@ -293,6 +295,11 @@ def _fuse_conv(module: nn.Module) -> None:
         if (left, top) == (right, bottom):
             conv.padding = (top, left)  # and neither "same" nor "valid"
         conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _is_as_written(module: nn.Module) -> bool:
+    """Return whether nobody has derived a class from ours, who may do more than compute."""
+    return isinstance(module, Swapped) or type(module).__module__.startswith("vertebra.")
 
 
 def _fuse_act(sequence: nn.Module, users: _Users) -> None:

@@ -199,6 +199,28 @@ def _by_rows(a: Arguments, way: tuple[Any, ...], product: Run) -> Run:
     return run
 
 
+def fc(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return W s + b for the few rows of s, (N, C), in fp32.
+
+    Of one pixel a product of matrices begins sooner than a convolution, and in fp32 at once, where
+    half precision waits for oneDNN: a copy of the weight in fp32 is kept as a packed one is.
+    """
+    columns = _in_fp32(weight).flatten(1).t()
+    return s.float() @ columns if bias is None else torch.addmm(_in_fp32(bias), s.float(), columns)
+
+
+def _in_fp32(weight: Tensor) -> Tensor:
+    if weight.dtype == torch.float32:
+        return weight
+    packed = _pack(weight, torch.Size(), ("fp32",))
+    return weight.float() if packed is None else packed.weight
+
+
+def is_packed(t: Tensor) -> bool:
+    """Return whether `t` is the copy of a weight."""
+    return any(packed.weight is t for packed in _packed.values())
+
+
 def forget(weight: Tensor) -> None:
     """Drop the packed copy of a weight."""
     _drop(id(weight))
@@ -251,6 +273,8 @@ def _reordered(weight: Tensor, image: torch.Size, kind: str, *steps: Any) -> Ten
     if kind == "convolution":
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # pyright: ignore
         return reorder(weight.to_mkldnn(), *steps, list(image))
+    if kind == "fp32":
+        return weight.float()
     own = _mkl._mkl_reorder_linear_weight if kind == "mkl" else _mkldnn._reorder_linear_weight
     return own(weight.flatten(1).contiguous(), _pixels(image))
 

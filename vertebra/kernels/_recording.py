@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ._watch import Watch
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], Any]
 
 _aten: Any = torch.ops.aten
 _mkldnn: Any = torch.ops.mkldnn
@@ -84,7 +84,7 @@ def record(function: Run, x: Tensor, is_constant: Callable[[Tensor], bool]) -> R
 class Recorder(Watch):
     """Notes the calls of a function of x, and holds none of the tensors in between."""
 
-    y: Tensor
+    y: Any
 
     def __init__(self, x: Tensor, is_constant: Callable[[Tensor], bool]) -> None:
         super().__init__()
@@ -100,9 +100,18 @@ class Recorder(Watch):
 
     @property
     def text(self) -> Text | None:
-        """What computes y from x by the same calls; None if calls do not tell."""
-        y = self._meant(self.y) if self._repeatable else None
-        return Text(_overwriting(_needed(self._calls, y), y), y) if isinstance(y, _Value) else None
+        """What computes y from x by the same calls; None if calls do not tell, or autograd has it.
+
+        y is a tensor, or a list or tuple of tensors.
+        """
+        kind = type(self.y) if type(self.y) in (list, tuple) else None
+        results = [self.y] if kind is None else self.y
+        if not all(isinstance(t, Tensor) and not t.requires_grad for t in results):
+            return None
+        ys = self._meant(results) if self._repeatable else ()
+        if not (ys and all(isinstance(y, _Value) for y in ys)):
+            return None
+        return Text(_overwriting(_needed(self._calls, ys), ys), ys, kind)
 
     def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         results = result if isinstance(result, (list, tuple)) else [result]
@@ -176,9 +185,9 @@ def _flat(tree: Any) -> list[Any]:
     return [tree]
 
 
-def _needed(calls: list[_Call], y: _Value) -> list[_Call]:
+def _needed(calls: list[_Call], ys: tuple[_Value, ...]) -> list[_Call]:
     """Return the calls without views that nobody reads."""
-    read, needed = {y}, list[_Call]()
+    read, needed = {*ys}, list[_Call]()
     for call in reversed(calls):
         if not call.op.is_view or not read.isdisjoint(call.results):
             read.update(call.values)
@@ -204,10 +213,10 @@ _IN_PLACE: dict[Any, _InPlace] = {
 }
 
 
-def _overwriting(calls: list[_Call], y: _Value) -> list[_Call]:
+def _overwriting(calls: list[_Call], ys: tuple[_Value, ...]) -> list[_Call]:
     """Return the calls, each in the place of what nobody reads after it, if it can be."""
     reads = {v.memory: i for i, call in enumerate(calls) for v in (*call.values, *call.results)}
-    reads[y.memory] = len(calls)
+    reads.update({y.memory: len(calls) for y in ys})
     made = {v for call in calls for v in call.results if v.number == v.memory}
 
     def is_spare(value: Any, i: int) -> bool:
@@ -236,22 +245,29 @@ def _overwriting(calls: list[_Call], y: _Value) -> list[_Call]:
 class Text:
     """The text of a function of x, and the objects that it names.
 
+    Args:
+        calls: what it does, to the end.
+        ys: what it returns.
+        kind: list or tuple, in which it returns them; None for the one that there is.
+
     Attributes:
         calls: what it does, to the end.
         text: in Python.
     """
 
-    def __init__(self, calls: list[_Call], y: _Value) -> None:
+    def __init__(self, calls: list[_Call], ys: tuple[_Value, ...], kind: type | None) -> None:
         self.calls = calls
         self._names: dict[str, Any] = {}
         last = {v: i for i, call in enumerate(calls) for v in (*call.values, *call.results)}
-        last[y] = len(calls)
+        last.update({y: len(calls) for y in ys})
         lines = ["def run(x):"]
         for i, call in enumerate(calls):
             lines.append(self._line(call))
             done = [v.name for v in dict.fromkeys((*call.values, *call.results)) if last[v] == i]
             lines += [f"del {', '.join(done)}"] if done else []
-        self.text = "\n    ".join([*lines, f"return {y.name}"])
+        together = "".join(f"{y.name}, " for y in ys)
+        result = ys[0].name if kind is None else f"{self._name('kind', kind)}(({together}))"
+        self.text = "\n    ".join([*lines, f"return {result}"])
 
     def compiled(self) -> Run:
         exec(compile(self.text, "<a recording>", "exec"), self._names)

@@ -64,10 +64,22 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | N
 
 def _eager(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
     if eps is None:
-        return x.mean((2, 3))
+        return means(x)
     p = x.mean((2, 3), dtype=sums_dtype(x))
     weight, bias = (None if v is None else v.to(p.dtype) for v in (weight, bias))
     return F.layer_norm(p, p.shape[1:], weight, bias, eps).to(x.dtype)
+
+
+def means(x: Tensor) -> Tensor:
+    """Return the means over H and W, (N, C), by PyTorch's ops.
+
+    On CPUs aten's `mean` begins with a copy in fp32 of a map in half precision. A pool sums in fp32
+    without one.
+    """
+    copies = x.is_cpu and x.dtype in (torch.float16, torch.bfloat16)
+    if copies and not torch.compiler.is_compiling() and not wants_grad(x):
+        return F.avg_pool2d(x, x.shape[2:]).flatten(1)
+    return x.mean((2, 3))
 
 
 def _outputs(

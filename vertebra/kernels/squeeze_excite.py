@@ -39,6 +39,7 @@ from torch import Tensor
 from ._act import ACTIVATIONS, GATES, check_act, check_gate, finish, needs_input
 from ._check import check_image, check_parameters, check_residual, promote_under_autocast
 from ._op import Op, Traffic, define, refuses, sums_dtype, wants_grad
+from .global_avg_pool import means
 
 
 def squeeze_excite(
@@ -155,7 +156,7 @@ def _eager(
     out_act: str,
     shares: Tensor | None,
 ) -> Tensor:
-    s = x.mean((2, 3), keepdim=True) if shares is None else shares.sum(1)[:, :, None, None]
+    s = (means(x) if shares is None else shares.sum(1))[:, :, None, None]
     u = conv1x1(s, fc1_weight, fc1_bias)
     v = conv1x1(ACTIVATIONS[act](u), fc2_weight, fc2_bias)
     return finish(x * GATES[gate](v).to(x.dtype), residual, out_act)

@@ -42,6 +42,7 @@ from ..nn import (
     pooled_channels,
     takes_add,
 )
+from ..nn.fused_blocks import Recorded
 from ._convnext_config import CONFIGS, SYNONYMS, ConvNeXtConfig, Stage
 from ._features import feature
 from ._network import Network
@@ -251,7 +252,7 @@ class NormMlpClassifierHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-class ConvNeXt(Network):
+class ConvNeXt(Recorded, Network):
     """The network that a `ConvNeXtConfig` describes.
 
     >>> model = ConvNeXt(ConvNeXtConfig(depths=(1, 1), dims=(8, 16), num_classes=5))

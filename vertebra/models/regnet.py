@@ -35,6 +35,7 @@ from ..nn import (
 )
 from ..nn._act import fusible_act, has_hooks
 from ..nn.back_to_back import End, InParts, end_of
+from ..nn.fused_blocks import Recorded
 from ._features import feature
 from ._network import Network
 from ._param_groups import Matcher
@@ -267,7 +268,7 @@ def _branch_first(module: nn.Module) -> Iterator[nn.Module]:
     yield module
 
 
-class RegNet(Network):
+class RegNet(Recorded, Network):
     """The network that a `RegNetConfig` describes.
 
     >>> import torch

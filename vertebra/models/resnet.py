@@ -36,6 +36,7 @@ from ..nn import (
     create_norm_act,
 )
 from ..nn.back_to_back import End, InParts, end_of
+from ..nn.fused_blocks import Recorded
 from ._features import feature
 from ._network import Network
 from ._param_groups import Matcher
@@ -271,7 +272,7 @@ def _make_stage(config: ResNetConfig, stage: Stage) -> nn.Sequential:
     return CheckpointSequential(*blocks)
 
 
-class ResNet(Network):
+class ResNet(Recorded, Network):
     """The network that a `ResNetConfig` describes.
 
     >>> import torch

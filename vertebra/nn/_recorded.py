@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn.modules import module as torch_modules
 
+from ..kernels._onednn import is_packed
 from ..kernels._op import is_observed, is_plain
 from ..kernels._recording import Run, record
 from ..kernels._signature import Signatures
@@ -31,8 +32,11 @@ _MOST_SHAPES = 4
 _of: weakref.WeakKeyDictionary[nn.Module, _Recordings] = weakref.WeakKeyDictionary()
 
 
-def recorded(module: nn.Module, forward: Run, x: Tensor) -> Tensor:
-    """Return forward(x), which is `module`'s, by what was recorded of it if that can be."""
+def recorded(module: nn.Module, forward: Run, x: Any) -> Any:
+    """Return forward(x), which is `module`'s, by what was recorded of it if that can be.
+
+    That is, if x is a tensor, and what comes back one, or a list or tuple of some.
+    """
     if not _is_ordinary(x):
         return forward(x)
     recordings = _of.get(module)
@@ -46,7 +50,7 @@ def forget(module: nn.Module) -> None:
     _of.pop(module, None)
 
 
-def _is_ordinary(x: Tensor) -> bool:
+def _is_ordinary(x: Any) -> bool:
     """Return whether oneDNN runs convolutions of x, and nobody looks on or has a part in it."""
     return (
         type(x) is Tensor
@@ -81,7 +85,7 @@ class _Recordings:
         """Return whether the module's state is what it was."""
         return self._state.holds()
 
-    def run(self, forward: Run, x: Tensor) -> Tensor:
+    def run(self, forward: Run, x: Tensor) -> Any:
         """Return forward(x)."""
         if not self._repeats:
             return forward(x)
@@ -94,7 +98,7 @@ class _Recordings:
         plan = found[0].plans[()]
         if plan is _SEEN_ONCE:
             noted = record(forward, x, self._state.has)
-            text = None if noted.y.requires_grad else noted.text
+            text = noted.text
             found[0].plans[()] = _ORDINARY if text is None else text.compiled()
             return noted.y
         return forward(x) if plan is _ORDINARY else plan(x)
@@ -104,26 +108,35 @@ _SEEN_ONCE, _ORDINARY = "seen once", "ordinary"
 
 
 class _State:
-    """All that the calls of a module follow from, but what it is given."""
+    """All that the calls of a module follow from, but what it is given.
+
+    It is compared before every call, when the last one has just driven it out of the caches: a
+    comparison costs the memory that it looks at.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._attributes = [vars(m) for m in module.modules()]
         self._as_they_were = [dict(attributes) for attributes in self._attributes]
-        held = [
-            v for attributes in self._attributes for v in attributes.values() if isinstance(v, dict)
+        dicts = [
+            v
+            for attributes in self._attributes
+            for name, v in attributes.items()
+            if isinstance(v, dict) and name not in _OF_NO_CALL
         ]
-        self._empty = [d for d in held if not d]  # hooks, above all
-        self._held = [d for d in held if d]
+        self._empty = [d for d in dicts if not d]  # hooks, above all
+        self._held = [d for d in dicts if d]
         self._things = self._contents()
         tensors = {id(v): v for v in self._things if isinstance(v, Tensor)}
         self._tensors, self._ids = list(tensors.values()), tensors.keys()
         guards = TensorGuards(*self._tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         self._like: Callable[..., bool] = guards.check
-        self._places = self._where()
+        # where a tensor has no version, nothing is packed of it
+        self._written = [t for t in self._tensors if not t.is_inference()]
+        self._places, self._versions = self._where(), self._how_often()
 
     def has(self, t: Tensor) -> bool:
         """Return whether a tensor stays as long as the state: a parameter, or its packed copy."""
-        return id(t) in self._ids or t.is_mkldnn
+        return id(t) in self._ids or t.is_mkldnn or is_packed(t)
 
     def holds(self) -> bool:
         """Return whether all is as it was."""
@@ -133,6 +146,7 @@ class _State:
             and len(things) == len(self._things)
             and all(map(is_, things, self._things))
             and self._where() == self._places
+            and self._how_often() == self._versions
             and self._like(*self._tensors)
             and self._attributes == self._as_they_were
         )
@@ -140,7 +154,16 @@ class _State:
     def _contents(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._held))]
 
-    def _where(self) -> list[tuple[int, int]]:
-        """Return where the tensors lie, and how often they were written to."""
-        # where a tensor has no version, nothing is packed of it
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors]
+    def _where(self) -> list[int]:
+        """Return where the tensors lie."""
+        return [*map(Tensor.data_ptr, self._tensors)]
+
+    def _how_often(self) -> list[int]:
+        """Return how often the tensors were written to."""
+        return [t._version for t in self._written]
+
+
+_OF_NO_CALL = frozenset(
+    name for name in vars(nn.Module()) if "state_dict" in name or name.endswith(("_kwargs", "_called"))
+)
+"""Attributes of modules that calls do not follow from: other hooks, and marks of hooks."""

@@ -26,7 +26,7 @@ torch.fx.wrap("_linear_act")
 
 
 class _Repacked(nn.Module):
-    """A layer whose weight may have a packed copy (`vertebra.kernels._onednn`).
+    """A layer whose parameters may have packed copies (`vertebra.kernels._onednn`).
 
     Attributes:
         packs: on CPUs, keep a copy of the weight that is packed for oneDNN.
@@ -41,7 +41,8 @@ class _Repacked(nn.Module):
         return self.weight if self.packs else self.weight.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        forget(self.weight)  # moved or converted, it would hold the memory that it leaves
+        for parameter in self.parameters(recurse=False):
+            forget(parameter)  # moved or converted, it would hold the memory that it leaves
         return super()._apply(fn, recurse)
 
 

@@ -1,4 +1,4 @@
-"""Residual blocks in sequence, after `vertebra.fuse`."""
+"""Networks, stages and blocks in sequence whose calls are recorded, after `vertebra.fuse`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ class Recorded(nn.Module):
     """What the `forward` of the class after this one calls, recorded on CPUs.
 
     It is run again without the modules inside where those would call the same (`_recorded`).
+
+    Attributes:
+        is_recorded: `fuse` has made this; before, all runs as if this class were not there.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return recorded(self, super().forward, x)
+    is_recorded = False
+
+    def forward(self, x: Any) -> Any:
+        forward = super().forward
+        return recorded(self, forward, x) if self.is_recorded else forward(x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         forget(self)  # moved or converted, it would hold the memory that it leaves

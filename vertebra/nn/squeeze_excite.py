@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import squeeze_excite
 from ..kernels._act import ACTIVATIONS, GATES
+from ..kernels._onednn import fc
 from ..kernels.conv2d_act import runs_on_onednn
+from ..kernels.global_avg_pool import means
 from ._act import ActLayer, create_act, fusible_act, fusible_gate, has_hooks
 from .fused import is_fused
 from .gated import Excitation, is_plain
@@ -125,9 +126,8 @@ def excite(
     act_name, gate_name = fusible_act(act), fusible_gate(gate)
     if act_name is not None and gate_name is not None:
         if is_fused(fc1) and is_fused(fc2) and runs_on_onednn(x):
-            # of one pixel, a product of matrices begins sooner than a convolution
-            u = ACTIVATIONS[act_name](F.linear(x.mean((2, 3)), fc1.weight.flatten(1), fc1.bias))
-            gates = GATES[gate_name](F.linear(u, fc2.weight.flatten(1), fc2.bias))
+            u = ACTIVATIONS[act_name](fc(means(x), fc1.filters, fc1.bias))
+            gates = GATES[gate_name](fc(u, fc2.filters, fc2.bias)).to(x.dtype)
             y = x * gates.view(*gates.shape, 1, 1)
             y = y if residual is None else y.add_(residual)
             return y if out_act is None else out_act(y)
