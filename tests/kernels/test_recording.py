@@ -58,6 +58,30 @@ def scaled(x: Tensor) -> Tensor:
     return x * x.mean((2, 3)).sigmoid()[:, :, None, None]
 
 
+def conv_add_parts(x: Tensor, residual: Tensor) -> Tensor:
+    y = residual.clone()
+    for part, sums in zip(x.split(1), y.split(1), strict=True):
+        sums.copy_(conv_add(part, sums))
+    return y
+
+
+def keeping_sums(x: Tensor, residual: Tensor) -> Tensor:
+    y = residual.clone()
+    y[:1].copy_(sums := conv_add(x[:1], y[:1]))
+    return y.relu() + sums
+
+
+def copied_elsewhere(x: Tensor, residual: Tensor) -> Tensor:
+    y = residual.clone()
+    y[1:].copy_(conv_add(x[:1], y[:1]))
+    return y
+
+
+def of_themselves(x: Tensor, _: Tensor) -> Tensor:
+    y = x.clone()
+    return y.copy_(conv_add(y, y))
+
+
 # what a step of a random program makes of two maps, either of which it may read again later
 STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "conv": lambda a, _: conv(a),
@@ -73,6 +97,11 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "chunks": lambda a, _: torch.cat(a.chunk(2, 1), 1),
     "of constants": lambda a, _: a + (WEIGHT[:, 0] * 2)[None],
     "in place": lambda a, b: (a + b).relu_().mul_(2),
+    "conv_add, in parts": conv_add_parts,
+    "conv_add, in parts that are read": keeping_sums,
+    "conv_add, copied to another part": copied_elsewhere,
+    "conv_add, of themselves": of_themselves,
+    "turned and copied": lambda a, b: (a.mT.clone() * b.mT).mT,
 }
 Program = list[tuple[str, int, int]]
 PROGRAMS = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)))
@@ -122,7 +151,16 @@ def test_random_programs(program):
         pytest.param(lambda x: conv(x)[:1] * conv(x)[:1], "", id="product of views"),
         pytest.param(lambda x: (y := conv(x)) * y.permute(0, 1, 2, 3), "", id="view of itself"),
         pytest.param(lambda x: conv(x) * image(1).new_ones(3, 1, 1, 1, 1), "", id="larger result"),
+        pytest.param(lambda x: conv(x).mT * 2, "mul_", id="product of all of a view"),
         pytest.param(lambda x: torch.relu(conv(x) - 1), "relu_", id="activation"),
+        pytest.param(
+            lambda x: conv_add_parts(conv(x), conv(x)), "_convolution_pointwise_", id="parts"
+        ),
+        pytest.param(
+            lambda x: keeping_sums(x, conv(x)), "add_ copy_ relu_", id="a part that is read beside"
+        ),
+        pytest.param(lambda x: copied_elsewhere(x, conv(x)), "copy_", id="another part"),
+        pytest.param(lambda x: of_themselves(x, x), "copy_", id="a sum with what it is made of"),
     ],
 )
 def test_what_is_overwritten(function, overwrites):
@@ -136,7 +174,40 @@ def test_what_is_overwritten(function, overwrites):
 
     with Names():
         run(x)
-    assert {name for name in called if name.endswith("_")} == {overwrites} - {""}
+    assert {name for name in called if name.endswith("_")} == {*overwrites.split()}
+
+
+@pytest.mark.parametrize(
+    ("function", "copies"),
+    [
+        pytest.param(lambda x: conv(x).clone(), 0, id="of what is read no more"),
+        pytest.param(lambda x: conv(x).mT.clone(), 0, id="of a view of all of it"),
+        pytest.param(lambda x: conv(x)[:1].clone(), 1, id="of a part"),
+        pytest.param(lambda x: x.clone(), 1, id="of x"),
+        pytest.param(lambda x: F.dropout(x, training=False).clone(), 1, id="of x again"),
+        pytest.param(lambda x: (y := conv(x)).clone() + y, 1, id="of what is read later"),
+        pytest.param(lambda x: (y := conv(x))[:1] * y.clone(), 1, id="of what has a view"),
+        pytest.param(lambda x: conv(x).contiguous(), 1, id="in another order"),
+        pytest.param(lambda x: conv_add_parts(conv(x), conv(x)), 0, id="of a term"),
+        pytest.param(lambda x: conv_add_parts(conv(x), x), 1, id="of a term that is x"),
+    ],
+)
+def test_copies(function, copies):
+    """What nobody else reads is not copied."""
+    x = image()
+    run, before, wanted = recorded(function, x).compiled(), x.clone(), function(x)
+    called: list[str] = []
+
+    class Names(Watch):
+        def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+            called.append(func.__name__.partition(".")[0])
+
+    with Names():
+        y = run(x)
+    assert called.count("clone") == copies
+    assert torch.equal(y, wanted)
+    assert y.stride() == wanted.stride()
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,7 @@ def image(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 40, 33)
 
 
-def assert_recorded(
-    model: nn.Module, recordings: list[Any], count: int, rtol: float = 0.0
-) -> None:
+def assert_recorded(model: nn.Module, recordings: list[Any], count: int, rtol: float = 0.0) -> None:
     """The third call and those after it are of recordings, as many as are given."""
     dtype = next(model.parameters()).dtype
     for _ in range(2):

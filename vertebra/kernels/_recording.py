@@ -19,7 +19,9 @@ three.
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -52,6 +54,15 @@ class _Value:
     @property
     def name(self) -> str:
         return f"t{self.number}" if self.number else "x"
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.like[0])
+
+    def is_laid_out_as(self, other: _Value) -> bool:
+        """Return whether shape, strides and dtype are the same."""
+        (shape, where, dtype), (others, others_where, others_dtype) = self.like, other.like
+        return shape == others and where[:1] == others_where[:1] and dtype == others_dtype
 
 
 class _Call(NamedTuple):
@@ -111,7 +122,7 @@ class Recorder(Watch):
         ys = self._meant(results) if self._repeatable else ()
         if not (ys and all(isinstance(y, _Value) for y in ys)):
             return None
-        return Text(_overwriting(_needed(self._calls, ys), ys), ys, kind)
+        return Text(_overwriting(_summing(_needed(self._calls, ys), ys), ys), ys, kind)
 
     def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         results = result if isinstance(result, (list, tuple)) else [result]
@@ -145,7 +156,7 @@ class Recorder(Watch):
             self._repeatable = False  # a constant may be written to
         number = self._count
         memory = of.memory if isinstance(of, _Value) else number
-        where = (t.stride(), t.storage_offset()) if t.layout == torch.strided else number
+        where = (t.stride(), t.storage_offset()) if t.layout == torch.strided else (number,)
         like = (t.shape, where, t.dtype)
         value = self._alike.setdefault((memory, like), _Value(number, memory, like))
         self._count += value.number == number
@@ -205,24 +216,59 @@ class _InPlace(NamedTuple):
     place: int
 
 
+def _itself(x: Tensor, **_: Any) -> Tensor:
+    return x
+
+
 _IN_PLACE: dict[Any, _InPlace] = {
     _aten.mul.Tensor: _InPlace(_aten.mul_.Tensor, 0),
     _aten.add.Tensor: _InPlace(_aten.add_.Tensor, 0),
     _aten.relu.default: _InPlace(_aten.relu_.default, 0),
     _mkldnn._convolution_pointwise.binary: _InPlace(_mkldnn._convolution_pointwise_.binary, 1),
+    _aten.clone.default: _InPlace(_itself, 0),
 }
+
+
+def _summing(calls: list[_Call], ys: tuple[_Value, ...]) -> list[_Call]:
+    """Return the calls, a sum in the place of a term that it would be copied to next."""
+    reads = Counter([v.memory for call in calls for v in call.values] + [y.memory for y in ys])
+    written = list[_Call]()
+    for call in calls:
+        before = written[-1] if call.op is _aten.copy_.default else None
+        found = None if before is None else _IN_PLACE.get(before.op)
+        if before is not None and found is not None:
+            (z,), term = before.results, before.args[found.place]
+            if (
+                call.args == (term, z)
+                and term.is_laid_out_as(z)
+                and reads[z.memory] == 1
+                and [v.memory for v in before.values].count(term.memory) == 1
+            ):
+                written[-1] = _in_place(before, found)._replace(results=[term])
+                continue
+        written.append(call)
+    return written
+
+
+def _in_place(call: _Call, found: _InPlace) -> _Call:
+    args = list(call.args)
+    args.insert(0, args.pop(found.place))
+    return call._replace(op=found.op, args=tuple(args))
 
 
 def _overwriting(calls: list[_Call], ys: tuple[_Value, ...]) -> list[_Call]:
     """Return the calls, each in the place of what nobody reads after it, if it can be."""
     reads = {v.memory: i for i, call in enumerate(calls) for v in (*call.values, *call.results)}
     reads.update({y.memory: len(calls) for y in ys})
-    made = {v for call in calls for v in call.results if v.number == v.memory}
+    made = {v.number: v for call in calls for v in call.results if v.number == v.memory}
+    made.pop(0, None)  # x, which a call may return
 
     def is_spare(value: Any, i: int) -> bool:
         """Whether call i, and nothing after it, reads a value's memory, as this value, and once."""
         return (
-            value in made
+            isinstance(value, _Value)
+            and value.memory in made
+            and value.numel == made[value.memory].numel
             and reads[value.memory] == i
             and [v for v in calls[i].values if v.memory == value.memory] == [value]
             and [v.like for v in calls[i].results] == [value.like]
@@ -233,9 +279,7 @@ def _overwriting(calls: list[_Call], ys: tuple[_Value, ...]) -> list[_Call]:
     for i, call in enumerate(calls):
         found = _IN_PLACE.get(call.op)
         if found is not None and is_spare(call.args[found.place], i):
-            args = list(call.args)
-            args.insert(0, args.pop(found.place))
-            written[i] = call._replace(op=found.op, args=tuple(args))
+            written[i] = _in_place(call, found)
     return written
 
 

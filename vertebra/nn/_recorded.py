@@ -107,6 +107,18 @@ class _Recordings:
 _SEEN_ONCE, _ORDINARY = "seen once", "ordinary"
 
 
+# what is in a module of PyTorch beside what its calls follow from
+_OF_NO_CALL = frozenset(
+    {
+        *("_state_dict_hooks", "_state_dict_pre_hooks"),
+        *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+        # say more of hooks that others hold
+        *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
+        "_forward_hooks_always_called",
+    }
+)
+
+
 class _State:
     """All that the calls of a module follow from, but what it is given.
 
@@ -161,9 +173,3 @@ class _State:
     def _how_often(self) -> list[int]:
         """Return how often the tensors were written to."""
         return [t._version for t in self._written]
-
-
-_OF_NO_CALL = frozenset(
-    name for name in vars(nn.Module()) if "state_dict" in name or name.endswith(("_kwargs", "_called"))
-)
-"""Attributes of modules that calls do not follow from: other hooks, and marks of hooks."""

@@ -146,6 +146,11 @@ class FusedLinear(_Repacked, nn.Linear):
         return _linear_act(x, self.filters, self.bias, residual, act)
 
 
+def as_images(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return what `layer` takes or returns as (N, C, H, W), which a convolution's is."""
+    return _image(x) if isinstance(layer, FusedLinear) else x
+
+
 def _linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str
 ) -> Tensor:

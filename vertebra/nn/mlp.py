@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ._act import fusible_act, has_hooks
 from ._drop import is_idle
-from .fused import is_fused
+from .fused import as_images, is_fused
 
 # On CPUs the hidden map is made a few images at a time: it stays in the cache, and malloc does not
 # ask the system for its pages each time. ConvNeXt-T at batch 8: 430 ms for 468 (Zen 5, two threads,
@@ -46,9 +47,11 @@ def mlp_add(
     """Return `fc2(between(act(fc1(x)))) + residual` of every image, for a fused fc2."""
     count = _images_at_a_time(x, fc1)
     if count is not None:
-        y = torch.empty_like(residual)
-        for part in zip(x.split(count), residual.split(count), y.split(count), strict=True):
-            part[2].copy_(mlp_add(*part[:2], fc1, act, between, fc2))
+        y = residual.clone()  # what a recording leaves out, of a map that nobody else reads
+        for some, part in zip(x.split(count), y.split(count), strict=True):
+            sums = mlp_add(some, part, fc1, act, between, fc2)
+            # images have the strides that the layers see: a recording adds in place
+            as_images(part, fc2).copy_(as_images(sums, fc2))
         return y
     name = fusible_act(act) if is_fused(fc1) else None
     # one name for all maps: one that has been read is freed
@@ -63,8 +66,8 @@ def _images_at_a_time(x: Tensor, fc1: Any) -> int | None:
         return None
     hidden = fc1.weight.shape[0] * (x[:1].numel() // fc1.weight.shape[1]) * x.element_size()
     most = _MAX_HIDDEN_BYTES_PER_THREAD * torch.get_num_threads()
-    count = max(1, most // max(1, hidden))
-    return None if count >= len(x) else count
+    parts = math.ceil(len(x) / max(1, most // max(1, hidden)))
+    return None if parts <= 1 else math.ceil(len(x) / parts)
 
 
 def _is_for_cpu(x: Tensor) -> bool:
