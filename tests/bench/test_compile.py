@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vertebra
 from vertebra.bench.compile import child, graphs, process, starts, steady
 from vertebra.bench.compile.child import Account, Call
-from vertebra.bench.compile.plan import POLICIES, PROVIDERS, Plan, Policy, Visit
+from vertebra.bench.compile.plan import POLICIES, PROVIDERS, Plan, Policy, Variant, Visit
 from vertebra.bench.compile.process import Caches, Job
 from vertebra.bench.compile.shapes import compare as compare_shapes
 from vertebra.bench.compile.step import Batch, Gradient, Inference, Training
@@ -26,7 +27,7 @@ from vertebra.bench.compile.subjects import Subject, blocks
 from vertebra.bench.results import Comparison, Row
 from vertebra.bench.runner import Limits
 from vertebra.bench.session import Session
-from vertebra.bench.workload import Named
+from vertebra.bench.workload import Named, Workload, jitter
 from vertebra.models import create_model
 from vertebra.models._layouts import LAYOUTS
 from vertebra.nn import BatchNormAct2d
@@ -374,6 +375,32 @@ def test_a_repeated_image_is_judged_by_one(plan, path) -> None:
     weight = f"gradients:{'2' if path else '0'}.weight"
     for name in (weight, *(("dx",) if path else ())):
         assert name in oracle.judge({**answers, name: answers[name] * 1.01}).wrong
+
+
+def test_weights_that_norms_are_folded_into_are_right(plan) -> None:
+    """In half precision they are rounded once more. Ten roundings are wrong."""
+    plan, dtype = replace(plan, dtype="bf16", image_size=64), torch.bfloat16
+    device, eps = torch.device("cpu"), torch.finfo(dtype).eps
+    it = Subject(Workload.create("resnet18", 4, 64, device, dtype), plan)
+    oracle, batch = it.oracle(plan.base, "forward"), it.batch(plan.base)
+
+    def moved(by: float) -> nn.Module:
+        network = it.build(Variant("reference", False))[0].eval().to(dtype).double()
+        jitter(network, 1, by)
+        return network
+
+    fused = vertebra.fuse(it.build(Variant("reference", False))[0].eval().to(dtype))
+    right, rounded, wrong = (
+        oracle.judge(Inference(network, network, [batch.to(device, of, False)])(0))
+        for network, of in (
+            (fused, dtype),
+            (moved(eps / 2), torch.float64),
+            (moved(5 * eps), torch.float64),
+        )
+    )
+    assert not right.wrong
+    assert 1.8 * rounded.errors["y"] < rounded.allowed["y"]
+    assert wrong.wrong
 
 
 def test_plans_that_cannot_be_carried_out_say_so() -> None:

@@ -36,7 +36,7 @@ class Saved(NamedTuple):
     stems: int = 0
     """Stems that add the bias, act and pool in one pass."""
     adds: int = 0
-    """On CPUs: residual adds in the place of the residual, which a stage is not given."""
+    """On CPUs: residual adds in the place of the residual."""
 
 
 def bottleneck(blocks: int) -> Saved:
@@ -62,7 +62,7 @@ def attended(blocks: int) -> Saved:
 
 
 def next_(adds: int) -> Saved:
-    """Return what a ConvNeXt saves: what a stage is given is the first residual in it."""
+    """Return what a ConvNeXt saves: all blocks do, but what a stage of transformers is given."""
     return Saved(adds=adds)
 
 
@@ -138,7 +138,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Saved]] = {
     "own: RegNetY": (lambda: _own_regnet("y"), excited(4)),
     "own: RegNetZ": (lambda: _own_regnet("y", **NECK), excited(4)),
     "torchvision: ResNet bottleneck": (lambda: _torchvision_resnet("Bottleneck"), bottleneck(6)),
-    "torchvision: ResNet basic": (lambda: _torchvision_resnet("BasicBlock"), basic(5)),
+    "torchvision: ResNet basic": (lambda: _torchvision_resnet("BasicBlock"), basic(6)),
     "torchvision: RegNetX": (lambda: _torchvision_regnet(), x(4)),
     "torchvision: RegNetY": (lambda: _torchvision_regnet(se_ratio=0.25), excited(4)),
     "timm: ResNet bottleneck": (lambda: _timm_resnet("Bottleneck"), bottleneck(6)),
@@ -158,11 +158,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Saved]] = {
 }
 
 CONVNEXTS: dict[str, tuple[Callable[[], nn.Module], Saved]] = {
-    "own: ConvNeXt": (lambda: _own_convnext(), next_(2)),
-    "own: ConvNeXt V2": (lambda: _own_convnext(**V2), next_(2)),
-    "torchvision: ConvNeXt": (lambda: _torchvision_convnext(), next_(2)),
-    "timm: ConvNeXt": (lambda: _timm_convnext(), next_(5)),
-    "timm: ConvNeXt V2": (lambda: _timm_convnext(**V2), next_(5)),
+    "own: ConvNeXt": (lambda: _own_convnext(), next_(4)),
+    "own: ConvNeXt V2": (lambda: _own_convnext(**V2), next_(4)),
+    "torchvision: ConvNeXt": (lambda: _torchvision_convnext(), next_(4)),
+    "timm: ConvNeXt": (lambda: _timm_convnext(), next_(6)),
+    "timm: ConvNeXt V2": (lambda: _timm_convnext(**V2), next_(6)),
     "transformers: ConvNeXt": (lambda: _transformers("ConvNext"), next_(3)),
     "transformers: ConvNeXt V2": (lambda: _transformers("ConvNextV2"), next_(3)),
 }

@@ -257,6 +257,28 @@ def test_a_changed_weight_is_packed_anew(name, change):
     assert_right(x, weight, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [(), (1, 1)])
+@pytest.mark.parametrize("frozen_", [frozen, lambda *a, **kw: frozen(*a, **kw).detach().clone()])
+def test_fcs_are_computed_in_fp32(dtype, window, frozen_):
+    """Whatever the parameters are in, and with a copy of them in fp32 that is kept, and heeds."""
+    weight, bias = frozen_(24, 40, *window, dtype=dtype), frozen_(24, dtype=dtype)
+    for N, with_bias in product((1, 3), (True, False)):
+        s = torch.randn(N, 40).to(dtype)
+        weight.mul_(1.5)
+        found = _onednn.fc(s, weight, bias if with_bias else None)
+        truth = s.double() @ weight.double().flatten(1).T + with_bias * bias.double()
+        in_fp32 = s.float() @ weight.float().flatten(1).T + with_bias * bias.float()
+        assert_within_budget(f"{N} {with_bias}", found, in_fp32, truth, 40)
+    kept = {*_onednn._packed}
+    is_kept = frozen_ is frozen and dtype != torch.float32
+    assert kept == ({id(weight), id(bias)} if is_kept else set())
+    assert all(_onednn.is_packed(packed.weight) for packed in _onednn._packed.values())
+    assert not _onednn.is_packed(weight)
+    _onednn.fc(s, weight, bias)
+    assert {*_onednn._packed} == kept
+
+
 def test_a_weight_is_packed_for_whoever_takes_it():
     x, weight = torch.randn(1, 4, 5, 5), frozen(4, 4, 1, 1)
     for name in (*CANDIDATES, *CANDIDATES):

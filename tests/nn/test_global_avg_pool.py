@@ -9,6 +9,8 @@ from torch import nn
 
 import vertebra
 from vertebra.kernels import _op
+from vertebra.kernels._watch import Watch
+from vertebra.kernels.global_avg_pool import means
 from vertebra.nn import GlobalAvgPool2d
 from vertebra.testing.budget import assert_within_budget
 
@@ -32,6 +34,33 @@ class Mean(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean([-2, -1])
+
+
+class Copies(Watch):
+    """Notes maps in another type."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        self.x, self.found = x, []
+
+    def saw(self, func, args, kwargs, result) -> None:
+        if result.dtype != self.x.dtype and result.numel() == self.x.numel():
+            self.found.append(func)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_means_on_cpus_are_rounded_once_and_copy_no_map(dtype, layout) -> None:
+    """Sums of fp16 would be infinite, and those of bf16 stand still."""
+    x = (50_000 + 10_000 * torch.rand(3, C, 17, 19)).to(dtype, memory_format=layout)
+    with Copies(x) as copies:
+        y = means(x)
+    exact = x.double().mean((2, 3))
+    rounding, sums = torch.finfo(dtype).eps / 2, 8 * torch.finfo(_op.sums_dtype(x)).eps
+    assert ((y.double() - exact).abs() <= (rounding + sums) * exact.abs()).all()
+    assert y.dtype == dtype
+    assert not copies.found
+    assert means(x.requires_grad_()).grad_fn.name().startswith("Mean")
 
 
 def randomised(module: nn.Module) -> nn.Module:

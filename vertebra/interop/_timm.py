@@ -257,7 +257,7 @@ def _is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return type(module) is nn.Sequential and not has_hooks(module)
 
 
-class _ResNetIntoPool:
+class _ResNetIntoPool(nn.Module):
     conv1: nn.Module
     bn1: nn.Module
     act1: nn.Module
@@ -372,7 +372,7 @@ class _RegStage:
     RUNS_IN_ROW = True
 
 
-class _RegNetIntoPool:
+class _RegNetIntoPool(nn.Module):
     stem: nn.Module
     s1: nn.Module
     s2: nn.Module

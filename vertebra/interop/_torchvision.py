@@ -163,7 +163,7 @@ class _ResBottleneckBlock(Layered):
         return x if self.proj is None else self.proj(x)
 
 
-class _RunsIntoPool:
+class _RegNetIntoPool(nn.Module):
     stem: nn.Module
     trunk_output: nn.Module
     avgpool: nn.Module
@@ -182,7 +182,7 @@ class _RunsIntoPool:
 
 
 @accelerates("torchvision.models.regnet.RegNet", for_fused=True, forward="63fd38b79d8e")
-class _RegNet(Recorded, _RunsIntoPool):
+class _RegNet(Recorded, _RegNetIntoPool):
     pass
 
 

@@ -87,6 +87,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def not_channels_last(name: str) -> str:
+    """Return why a call is refused whose argument `name` has another memory format."""
+    return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
+
+
 def elements_read(a: Arguments) -> int:
     """Return how many elements of x some window has: without padding it need not have all."""
     (H, W), N, C = a.x.shape[2:], *a.x.shape[:2]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ._act import finish
-from ._conv2d import Arguments, memory_format
+from ._conv2d import Arguments, memory_format, not_channels_last
 from ._op import is_plain
 
 _mkldnn: Any = torch.ops.mkldnn
@@ -93,7 +93,7 @@ def refuses_rows(a: Arguments) -> str | None:
     if a.weight.shape[2:] != (1, 1) or (*a.stride, *a.padding, a.groups) != (1, 1, 0, 0, 1):
         return "it has a window, steps, padding or groups (and is no product of rows)"
     if memory_format(a.x) is not torch.channels_last:
-        return "x is not in channels_last (.to(memory_format=torch.channels_last))"
+        return not_channels_last("x")
     return refuses(a)
 
 
@@ -126,7 +126,6 @@ def bound(a: Arguments) -> Run:
     name, algorithm = _ACTIVATIONS[a.act]
     last = None if a.act == "none" else name
     adds = a.groups == 1 and a.act in ("none", "relu")  # PyTorch has no other adds
-    rounds_bias = a.bias is not None and a.bias.dtype != a.x.dtype
     image, act, wanted = a.x.shape, a.act, memory_format(a.x)
     unary = _mkldnn._convolution_pointwise.default
     binary = _mkldnn._convolution_pointwise.binary
@@ -134,19 +133,18 @@ def bound(a: Arguments) -> Run:
     def run(
         x: Tensor, weight: Tensor, _: None, bias: Tensor | None, residual: Tensor | None, *__: Any
     ) -> Tensor:
-        if rounds_bias and bias is not None:
-            bias = bias.to(x.dtype)
         packed = _pack(weight, image, way)
         if packed is None:  # channels_last out of whatever comes in, as with packed weights
             x = x.contiguous(memory_format=torch.channels_last)
         else:
             weight = packed.weight
         if residual is None:
-            y = unary(x, weight, bias, *steps, name, [], algorithm)
+            y = unary(x, weight, _rounded(bias, x), *steps, name, [], algorithm)
         elif adds:
+            bias = _rounded(bias, x)
             y = binary(x, residual, weight, bias, *steps, "add", 1.0, last, [], None)
         else:
-            y = unary(x, weight, bias, *steps, "none", [], "")
+            y = unary(x, weight, _rounded(bias, x), *steps, "none", [], "")
             y = finish(y, residual, act)
         return y if wanted is torch.channels_last else y.contiguous(memory_format=wanted)
 
@@ -183,7 +181,6 @@ def bound_mkl(a: Arguments) -> Run:
 def _by_rows(a: Arguments, way: tuple[Any, ...], product: Run) -> Run:
     """Return what runs calls of the signature of `a` by products of (N, H, W, C) and weights."""
     image, unpacked = a.x.shape, bound(a)
-    rounds_bias = a.bias is not None and a.bias.dtype != a.x.dtype
 
     def run(
         x: Tensor, weight: Tensor, _: None, bias: Tensor | None, residual: Tensor | None, *__: Any
@@ -191,12 +188,16 @@ def _by_rows(a: Arguments, way: tuple[Any, ...], product: Run) -> Run:
         packed = _pack(weight, image, way)
         if packed is None:
             return unpacked(x, weight, None, bias, residual)
-        if rounds_bias and bias is not None:
-            bias = bias.to(x.dtype)
+        bias = _rounded(bias, x)
         rows = None if residual is None else residual.permute(0, 2, 3, 1)
         return product(x.permute(0, 2, 3, 1), weight, packed, bias, rows).permute(0, 3, 1, 2)
 
     return run
+
+
+def _rounded(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a bias in the type of x, as these ops take it."""
+    return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
 
 def fc(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -43,7 +43,17 @@ from torch import Tensor
 
 from . import _choices, _onednn
 from ._act import finish
-from ._conv2d import Arguments, Pair, check, elements_read, memory_format, pair, precision, site
+from ._conv2d import (
+    Arguments,
+    Pair,
+    check,
+    elements_read,
+    memory_format,
+    not_channels_last,
+    pair,
+    precision,
+    site,
+)
 from ._op import (
     Choice,
     Op,
@@ -172,7 +182,7 @@ def _refuses_triton(a: Arguments) -> str | None:
         return "depthwise: one channel a group, nothing for matrix units"
     for name, t in (("x", a.x), ("weight", a.weight)):
         if t.shape[1] > 1 and t.stride(1) != 1:
-            return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
+            return not_channels_last(name)
     if ":" not in a.candidate or torch.compiler.is_compiling():
         return None
     from ._triton import conv2d_act as kernels
@@ -216,7 +226,7 @@ def _refuses_cudnn_fused(a: Arguments) -> str | None:
         return f"bias in {a.bias.dtype}, not in x's dtype"
     for name, t in (("x", a.x), ("weight", a.weight), ("residual", a.residual)):
         if t is not None and not t.is_contiguous(memory_format=torch.channels_last):
-            return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
+            return not_channels_last(name)
     return None
 
 
@@ -232,7 +242,7 @@ def _for_cpus(
 
     def refused(a: Arguments) -> str | None:
         if wants_grad(*a[:5]):
-            return "a gradient is wanted (oneDNN's epilogue is for inference)"
+            return "a gradient is wanted (packed weights are for inference)"
         return refuses(a)
 
     return Candidate(path, compute, refused, bound)

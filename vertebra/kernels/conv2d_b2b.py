@@ -43,7 +43,7 @@ from torch import Tensor
 
 from . import _choices
 from ._b2b import Arguments, advises_against, check, site
-from ._conv2d import memory_format, precision
+from ._conv2d import memory_format, not_channels_last, precision
 from ._op import Choice, Op, Traffic, current_backend, define, refuses, wants_grad
 from .conv2d_act import op as convolution
 
@@ -198,7 +198,7 @@ def _refuses_alone(a: Arguments) -> str | None:
     name = "x" if H * W > 1 and memory_format(a.x) == torch.contiguous_format else ""
     name = "next_weight" if a.next_weight.stride(1) != 1 else name
     if K > 1 and name:
-        return f"{name} is not in channels_last (.to(memory_format=torch.channels_last))"
+        return not_channels_last(name)
     return None
 
 

@@ -21,7 +21,7 @@ from .. import photos
 from ..ceilings import DTYPES
 from ..clock import cache_copies
 from ..oracle import Answers, Oracle
-from ..workload import Workload, compiled, jitter, shuffled
+from ..workload import Workload, compiled, is_half, jitter, shuffled
 from .plan import Direction, Plan, Variant, Visit
 from .step import Batch, Gradient, Inference, Training, place
 
@@ -102,7 +102,8 @@ class Subject:
     def oracle(self, visit: Visit, direction: Direction) -> Oracle:
         """Return the judge of answers to a shape: the reference in fp64, and eager runs of it.
 
-        The eager runs are in both memory formats, and with weights moved by one rounding.
+        The eager runs are in both memory formats, and with weights moved by one rounding: so may
+        those be that norms are folded into (`vertebra.bench.workload`).
         """
         if (visit, direction) not in self._oracles:
             self._oracles[visit, direction] = self._make_oracle(visit, direction)
@@ -111,6 +112,8 @@ class Subject:
     def _make_oracle(self, visit: Visit, direction: Direction) -> Oracle:
         dtype, device = DTYPES[self.plan.dtype], torch.device(self.plan.device)
         oracle = Oracle(self._truth(visit, direction), dtype)
+        if direction == "forward" and is_half(dtype):
+            oracle.calibrate(self._truth(visit, direction, torch.finfo(dtype).eps / 2))
         batch, peer = self.batch(visit), Variant("reference", False)
         for seed in range(4):
             module, gradients = self.build(peer)
@@ -122,8 +125,11 @@ class Subject:
             oracle.calibrate(self._bind(placed, placed, batches, direction, gradients)(0))
         return oracle
 
-    def _truth(self, visit: Visit, direction: Direction) -> Answers:
-        """Return the answers in fp64, to inputs, and in inference by weights, that are rounded."""
+    def _truth(self, visit: Visit, direction: Direction, moved: float = 0.0) -> Answers:
+        """Return the answers in fp64, to inputs, and in inference by weights, that are rounded.
+
+        By weights moved by so much, if `moved` is given.
+        """
         dtype = DTYPES[self.plan.dtype]
         distinct, index = self._distinct(visit)
         often = len(index) / len(distinct.x)
@@ -132,6 +138,8 @@ class Subject:
             module = module.to(dtype)
         x, dy = distinct.x.to(dtype).double(), distinct.dy.to(dtype).double()
         exact = module.double().train(direction == "training")
+        if moved:
+            jitter(exact, 0, moved)
         step = self._bind(exact, exact, [Batch(x, dy * often)], direction, gradients)
         truth = step(0)
         truth["y"] = truth["y"][index]
