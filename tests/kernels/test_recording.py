@@ -77,6 +77,17 @@ def copied_elsewhere(x: Tensor, residual: Tensor) -> Tensor:
     return y
 
 
+def in_another_order(x: Tensor, residual: Tensor) -> Tensor:
+    y = residual.contiguous(memory_format=torch.contiguous_format).clone()
+    return y.copy_(conv_add(x, y)).contiguous(memory_format=torch.channels_last)
+
+
+def summed_twice(x: Tensor, residual: Tensor) -> Tensor:
+    y = residual.clone()
+    y.copy_(sums := conv_add(x, y))
+    return sums
+
+
 def of_themselves(x: Tensor, _: Tensor) -> Tensor:
     y = x.clone()
     return y.copy_(conv_add(y, y))
@@ -100,6 +111,8 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "conv_add, in parts": conv_add_parts,
     "conv_add, in parts that are read": keeping_sums,
     "conv_add, copied to another part": copied_elsewhere,
+    "conv_add, copied in another order": in_another_order,
+    "conv_add, returned and copied": summed_twice,
     "conv_add, of themselves": of_themselves,
     "turned and copied": lambda a, b: (a.mT.clone() * b.mT).mT,
 }
@@ -161,6 +174,10 @@ def test_random_programs(program):
         ),
         pytest.param(lambda x: copied_elsewhere(x, conv(x)), "copy_", id="another part"),
         pytest.param(lambda x: of_themselves(x, x), "copy_", id="a sum with what it is made of"),
+        pytest.param(lambda x: in_another_order(x, conv(x)), "copy_", id="parts in another order"),
+        pytest.param(
+            lambda x: summed_twice(x, x), "copy_", id="a sum that is returned and not its copy"
+        ),
     ],
 )
 def test_what_is_overwritten(function, overwrites):
@@ -184,7 +201,6 @@ def test_what_is_overwritten(function, overwrites):
         pytest.param(lambda x: conv(x).mT.clone(), 0, id="of a view of all of it"),
         pytest.param(lambda x: conv(x)[:1].clone(), 1, id="of a part"),
         pytest.param(lambda x: x.clone(), 1, id="of x"),
-        pytest.param(lambda x: F.dropout(x, training=False).clone(), 1, id="of x again"),
         pytest.param(lambda x: (y := conv(x)).clone() + y, 1, id="of what is read later"),
         pytest.param(lambda x: (y := conv(x))[:1] * y.clone(), 1, id="of what has a view"),
         pytest.param(lambda x: conv(x).contiguous(), 1, id="in another order"),
@@ -227,6 +243,15 @@ def test_views(function, calls):
     text = recorded(function, x)
     assert len(text.calls) == calls
     assert torch.equal(text.compiled()(x), function(x))
+
+
+@torch.inference_mode()
+def test_x_stays_what_it_is_where_a_call_returns_it():
+    x = image()
+    before = x.clone()
+    run = recorded(lambda x: F.dropout(x, training=False) * 2, x).compiled()
+    assert torch.equal(run(x), before * 2)
+    assert torch.equal(x, before)
 
 
 def test_nothing_is_held_longer_than_it_is_read():
