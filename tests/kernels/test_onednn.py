@@ -15,6 +15,7 @@ from vertebra import backend
 from vertebra.kernels import _choices, _onednn, conv2d_act
 from vertebra.kernels._act import ACTIVATIONS
 from vertebra.kernels._op import Call, observe
+from vertebra.kernels._watch import Watch
 from vertebra.testing.budget import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("on_onednn")
@@ -257,6 +258,15 @@ def test_a_changed_weight_is_packed_anew(name, change):
     assert_right(x, weight, name)
 
 
+class Conversions(Watch):
+    """Counts tensors that are converted."""
+
+    count = 0
+
+    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self.count += func is torch.ops.aten._to_copy.default
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [(), (1, 1)])
 @pytest.mark.parametrize("frozen_", [frozen, lambda *a, **kw: frozen(*a, **kw).detach().clone()])
@@ -275,7 +285,10 @@ def test_fcs_are_computed_in_fp32(dtype, window, frozen_):
     assert kept == ({id(weight), id(bias)} if is_kept else set())
     assert all(_onednn.is_packed(packed.weight) for packed in _onednn._packed.values())
     assert not _onednn.is_packed(weight)
-    _onednn.fc(s, weight, bias)
+    s = s.float()
+    with Conversions() as conversions:
+        _onednn.fc(s, weight, bias)
+    assert conversions.count == (0 if is_kept or dtype == torch.float32 else 2)
     assert {*_onednn._packed} == kept
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -251,6 +252,22 @@ def test_sums_and_gates_are_written_in_place(name, sums, gates, whole, recording
     assert in_place == (2 if name == "basic" and not whole else sums)
     assert called.count("aten.mul_.Tensor") == gates
     assert called.count("aten.mul.Tensor") == 0
+
+
+@torch.no_grad()
+def test_parts_of_an_mlp_are_added_in_place(recordings, monkeypatch):
+    """And neither the shortcut nor a part is copied."""
+    monkeypatch.setattr(sys.modules["vertebra.nn.mlp"], "_MAX_HIDDEN_BYTES_PER_THREAD", 1)
+    model = fused("convnext")
+    for _ in range(3):
+        x = image(3)
+        assert torch.equal(model(x), exact(model, x))
+    (text,) = recordings
+    called = [str(call.op) for call in text.calls]
+    assert called.count("mkldnn._convolution_pointwise_.binary") == 3 * 3  # blocks, images
+    assert "mkldnn._convolution_pointwise.binary" not in called
+    assert called.count("aten.clone.default") == 1  # the image, in channels_last
+    assert "aten.copy_.default" not in called
 
 
 class Recorder(nn.Module):
