@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vertebra import backend
 from vertebra.kernels import _choices, _onednn, conv2d_act
@@ -290,6 +291,22 @@ def test_fcs_are_computed_in_fp32(dtype, window, frozen_):
         _onednn.fc(s, weight, bias)
     assert conversions.count == (0 if is_kept or dtype == torch.float32 else 2)
     assert {*_onednn._packed} == kept
+
+
+def test_fcs_keep_no_copy_for_who_traces_or_wants_gradients():
+    weight, bias = frozen(24, 40, dtype=torch.bfloat16), frozen(24, dtype=torch.bfloat16)
+    s = torch.randn(2, 40).bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert _onednn.fc(mode.from_tensor(s), weight, bias).shape == (2, 24)
+    one_by_one = torch.vmap(lambda row: _onednn.fc(row[None], weight, bias)[0])(s)
+    assert not _onednn._packed
+    torch.testing.assert_close(one_by_one, _onednn.fc(s, weight, bias))
+    for parameter in (weight, bias):
+        parameter.requires_grad_()
+        _onednn.fc(s, weight, bias).sum().backward()
+        assert parameter.grad is not None
+        parameter.requires_grad_(False)
+    torch.testing.assert_close(weight.grad, s.sum(0).expand_as(weight), rtol=1e-2, atol=1e-2)
 
 
 def test_a_weight_is_packed_for_whoever_takes_it():

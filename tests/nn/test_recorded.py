@@ -487,6 +487,21 @@ def test_parameters_that_want_gradients_get_them(name, part, before):
         assert p.grad is None or torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_excitation_alone_may_want_gradients(dtype):
+    """Of no map before it autograd knows."""
+    model, x = fused("regnet").to(dtype), image().to(dtype)
+    for _ in range(3):
+        model(x)
+    fcs = [m for name, m in model.named_modules() if name.endswith(("se.fc1", "se.fc2"))][-2:]
+    for fc in fcs:
+        fc.requires_grad_()
+    for _ in range(3):
+        model.zero_grad()
+        model(x).sum().backward()
+        assert all(p.grad is not None and p.grad.any() for fc in fcs for p in fc.parameters())
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_modes_of_autograd(mode, recordings):
     model, x = fused("resnet"), image()

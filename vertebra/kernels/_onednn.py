@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ._act import finish
 from ._conv2d import Arguments, memory_format, not_channels_last
-from ._op import is_plain
+from ._op import is_plain, wants_grad
 
 _mkldnn: Any = torch.ops.mkldnn
 _mkl: Any = torch.ops.mkl
@@ -206,14 +206,16 @@ def fc(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Of one pixel a product of matrices begins sooner than a convolution, and in fp32 at once, where
     half precision waits for oneDNN: a copy of the weight in fp32 is kept as a packed one is.
     """
-    columns = _in_fp32(weight).flatten(1).t()
-    return s.float() @ columns if bias is None else torch.addmm(_in_fp32(bias), s.float(), columns)
+    columns = _in_fp32(weight, s).flatten(1).t()
+    rows = s.float()
+    return rows @ columns if bias is None else torch.addmm(_in_fp32(bias, s), rows, columns)
 
 
-def _in_fp32(weight: Tensor) -> Tensor:
+def _in_fp32(weight: Tensor, s: Tensor) -> Tensor:
     if weight.dtype == torch.float32:
         return weight
-    packed = _pack(weight, torch.Size(), ("fp32",))
+    is_kept = is_plain((s, weight)) and not wants_grad(weight)
+    packed = _pack(weight, torch.Size(), ("fp32",)) if is_kept else None
     return weight.float() if packed is None else packed.weight
 
 
