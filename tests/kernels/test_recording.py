@@ -245,6 +245,12 @@ def test_views(function, calls):
     assert torch.equal(text.compiled()(x), function(x))
 
 
+def test_a_copy_may_come_first():
+    x = image()
+    run = recorded(lambda x: x.copy_(WEIGHT[0, 0, 0, 0]).mul(2), x).compiled()
+    assert torch.equal(run(image()), torch.full_like(x, 2 * WEIGHT[0, 0, 0, 0].item()))
+
+
 @torch.inference_mode()
 def test_x_stays_what_it_is_where_a_call_returns_it():
     x = image()

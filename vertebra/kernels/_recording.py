@@ -234,19 +234,21 @@ def _summing(calls: list[_Call], ys: tuple[_Value, ...]) -> list[_Call]:
     reads = Counter([v.memory for call in calls for v in call.values] + [y.memory for y in ys])
     written = list[_Call]()
     for call in calls:
-        before = written[-1] if call.op is _aten.copy_.default else None
+        before = written[-1] if written and call.op is _aten.copy_.default else None
         found = None if before is None else _IN_PLACE.get(before.op)
-        if before is not None and found is not None:
-            (z,), term = before.results, before.args[found.place]
-            if (
-                call.args == (term, z)
-                and term.is_laid_out_as(z)
-                and reads[z.memory] == 1
-                and [v.memory for v in before.values].count(term.memory) == 1
-            ):
-                written[-1] = _in_place(before, found)._replace(results=[term])
-                continue
-        written.append(call)
+        if before is None or found is None:
+            written.append(call)
+            continue
+        (z,), term = before.results, before.args[found.place]
+        if (
+            call.args == (term, z)
+            and term.is_laid_out_as(z)
+            and reads[z.memory] == 1
+            and [v.memory for v in before.values].count(term.memory) == 1
+        ):
+            written[-1] = _in_place(before, found)._replace(results=[term])
+        else:
+            written.append(call)
     return written
 
 
