@@ -132,6 +132,15 @@ def test_networks_with_parts_of_somebody_else_are_recorded_in_part(recordings):
     model = fused("resnet")
     model.fc = Head(model.fc.in_features, 3)
     assert_recorded(model, recordings, STAGES["resnet"])
+    model.fc = nn.Linear(model.fc.in_features, 3)
+    handle = model.maxpool.register_forward_hook(lambda *_: None)
+    for change in (lambda: None, handle.remove):
+        change()
+        for _ in range(3):
+            recordings.clear()
+            x = image()
+            assert torch.equal(model(x), exact(model, x))
+    assert len(recordings) == 1
 
 
 class Noting(ResNet):

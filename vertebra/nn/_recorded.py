@@ -76,18 +76,25 @@ class _Recordings:
     """The recordings of one module in one state, by what x is like."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._state = _State(module)
         _, *inside = module.modules()
-        self._repeats = all(map(_is_known, inside))
+        unknown = next((m for m in inside if not _is_known(m)), None)
+        self._unknown = None if unknown is None else weakref.ref(unknown)
+        self._state = _State(module) if unknown is None else None
         self._signatures = Signatures()
 
     def hold(self) -> bool:
-        """Return whether the module's state is what it was."""
-        return self._state.holds()
+        """Return whether the module's state is what it was, or still has what keeps it from here.
+
+        Then that is all that is asked: the stages inside compare their states, too.
+        """
+        if self._state is not None:
+            return self._state.holds()
+        unknown = None if self._unknown is None else self._unknown()
+        return unknown is not None and not _is_known(unknown)
 
     def run(self, forward: Run, x: Tensor) -> Any:
         """Return forward(x)."""
-        if not self._repeats:
+        if self._state is None:
             return forward(x)
         found = self._signatures.find((x,))
         if found is None:
