@@ -143,16 +143,14 @@ class Workload:
 
         The truth is that of images, and in inference of weights, already rounded to the dtype. The
         eager runs are in both memory formats, and with weights moved by one rounding: whatever a
-        right answer that rounds differently may come to. Who folds a norm into a weight rounds that
-        once more, which in half precision may count for more than all of eager's roundings: those
-        are of pixels, and the pool takes their mean.
+        right answer that rounds differently, or folds, may come to.
         """
         exact = copy.deepcopy(self.reference)
         if mode == "forward":
             exact.to(self.dtype)
         oracle = Oracle(self._exact(exact, mode), self.dtype)
-        if mode == "forward" and is_half(self.dtype):
-            jitter(exact, 0, torch.finfo(self.dtype).eps / 2)
+        if moved := moved_by_folding(self.dtype, mode):
+            jitter(exact, 0, moved)
             oracle.calibrate(self._exact(exact, mode))
         for seed in range(4):
             model = copy.deepcopy(self.reference)
@@ -400,6 +398,15 @@ class _Training:
             if parameter.grad is not None:
                 answers[name] = parameter.grad.reshape(shape)
         return answers
+
+
+def moved_by_folding(dtype: torch.dtype, mode: Mode) -> float:
+    """Return how much weights may be moved by, relative to them, where norms are folded in.
+
+    Who folds a norm into a weight rounds that once more, which in half precision may count for more
+    than all of eager's roundings: those are of pixels, and the pool takes their mean.
+    """
+    return torch.finfo(dtype).eps / 2 if mode == "forward" and is_half(dtype) else 0.0
 
 
 @torch.no_grad()

@@ -258,6 +258,8 @@ def _is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 
 class _ResNetIntoPool(nn.Module):
+    """A module as `Recorded` is: else the library's class would come before it."""
+
     conv1: nn.Module
     bn1: nn.Module
     act1: nn.Module
@@ -373,6 +375,8 @@ class _RegStage:
 
 
 class _RegNetIntoPool(nn.Module):
+    """A module as `Recorded` is: else the library's class would come before it."""
+
     stem: nn.Module
     s1: nn.Module
     s2: nn.Module

@@ -164,6 +164,8 @@ class _ResBottleneckBlock(Layered):
 
 
 class _RegNetIntoPool(nn.Module):
+    """A module as `Recorded` is: else the library's class would come before it."""
+
     stem: nn.Module
     trunk_output: nn.Module
     avgpool: nn.Module

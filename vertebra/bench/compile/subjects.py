@@ -21,7 +21,7 @@ from .. import photos
 from ..ceilings import DTYPES
 from ..clock import cache_copies
 from ..oracle import Answers, Oracle
-from ..workload import Workload, compiled, is_half, jitter, shuffled
+from ..workload import Workload, compiled, jitter, moved_by_folding, shuffled
 from .plan import Direction, Plan, Variant, Visit
 from .step import Batch, Gradient, Inference, Training, place
 
@@ -102,8 +102,7 @@ class Subject:
     def oracle(self, visit: Visit, direction: Direction) -> Oracle:
         """Return the judge of answers to a shape: the reference in fp64, and eager runs of it.
 
-        The eager runs are in both memory formats, and with weights moved by one rounding: so may
-        those be that norms are folded into (`vertebra.bench.workload`).
+        The eager runs are in both memory formats, and with weights moved by one rounding.
         """
         if (visit, direction) not in self._oracles:
             self._oracles[visit, direction] = self._make_oracle(visit, direction)
@@ -112,8 +111,8 @@ class Subject:
     def _make_oracle(self, visit: Visit, direction: Direction) -> Oracle:
         dtype, device = DTYPES[self.plan.dtype], torch.device(self.plan.device)
         oracle = Oracle(self._truth(visit, direction), dtype)
-        if direction == "forward" and is_half(dtype):
-            oracle.calibrate(self._truth(visit, direction, torch.finfo(dtype).eps / 2))
+        if moved := moved_by_folding(dtype, direction):
+            oracle.calibrate(self._truth(visit, direction, moved))
         batch, peer = self.batch(visit), Variant("reference", False)
         for seed in range(4):
             module, gradients = self.build(peer)
